@@ -1,0 +1,120 @@
+"""Initialisation, moving averages and replacement against naive versions and known answers."""
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sklearn.cluster import KMeans
+from vqstudy.codebook import Codebook, MovingAverage, Replacement, draw, kaiming, kmeans, normal
+
+
+def inertia(z, centres): return torch.cdist(z, centres).amin(1).pow(2).mean()
+
+
+def test_deviations_of_the_starts():
+    torch.manual_seed(0)
+    assert abs(normal(4000, 50).std() - 1) < 0.01
+    assert abs(kaiming(4000, 50).std() - (2 / 50) ** 0.5) < 0.002
+
+
+def test_kmeans_is_as_good_as_scikit_learn_and_repeatable():
+    torch.manual_seed(0)
+    z = torch.randn(2000, 8)
+    torch.manual_seed(1); ours = kmeans(z, 32)
+    torch.manual_seed(1); again = kmeans(z, 32)
+    theirs = torch.from_numpy(KMeans(32, n_init=1, random_state=3).fit(z.numpy()).cluster_centers_)
+    assert torch.equal(ours, again) and inertia(z, ours) < 1.03 * inertia(z, theirs)
+
+
+@pytest.mark.parametrize("n,k", [(1, 5), (7, 7), (10, 64), (100, 1)])
+def test_kmeans_with_any_number_of_samples(n, k):
+    torch.manual_seed(0)
+    z = 5 + torch.randn(n, 3)
+    centres = kmeans(z, k)
+    assert centres.shape == (k, 3) and centres.isfinite().all() and centres.dtype == z.dtype
+    if k >= n:
+        assert torch.isin(z, centres).all() and (centres.mean(0) - z.mean(0)).abs().max() < 0.5  # no shrinking to the origin
+        if n > 1: assert (centres.std(0) / z.std(0) - 1).abs().max() < 0.35
+
+
+def test_draw_repeats_nothing_while_it_can():
+    z = torch.arange(10.0)[:, None]
+    assert len(draw(z, 7).unique()) == 7
+    assert sorted(draw(z, 25).unique(return_counts=True)[1].tolist()) == [2] * 5 + [3] * 5
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-5, 0.1])
+@pytest.mark.parametrize("n,k,d", [(1, 1, 1), (5, 8, 3), (200, 16, 4)])
+def test_moving_average_against_one_hot(n, k, d, smoothing):
+    torch.manual_seed(n)
+    book = Codebook(d, k, learn=False).double()
+    average = MovingAverage(book.weight, 0.9, smoothing)
+    counts, sums = torch.ones(k, dtype=torch.float64), book.weight.clone()
+    for _ in range(3):
+        z, codes = torch.randn(n, d, dtype=torch.float64), torch.randint(k, (n,))
+        one_hot = torch.nn.functional.one_hot(codes, k).double()
+        counts, sums = 0.9 * counts + 0.1 * one_hot.sum(0), 0.9 * sums + 0.1 * one_hot.T @ z
+        average.update(book, z, codes)
+        smoothed = (counts + smoothing) / (counts.sum() + k * smoothing) * counts.sum()
+        assert (book.weight - sums / smoothed[:, None]).abs().max() < 1e-12
+
+
+@given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 20), st.floats(0.01, 0.99))
+@settings(max_examples=30, deadline=None)
+def test_moving_average_keeps_the_total_count(seed, n, k, decay):
+    g = torch.Generator().manual_seed(seed)
+    book = Codebook(2, k, learn=False)
+    average = MovingAverage(book.weight, decay)
+    total = float(k)
+    for _ in range(4):
+        average.update(book, torch.randn(n, 2, generator=g), torch.randint(k, (n,), generator=g))
+        total = decay * total + (1 - decay) * n
+    assert abs(float(average.counts.sum()) - total) < 1e-3 * total and (average.counts >= 0).all()
+
+
+def test_a_code_dead_for_ever_stays_finite():
+    book = Codebook(2, 3, learn=False)
+    where = book.weight[2].clone()
+    average = MovingAverage(book.weight, 0.5, smoothing=0)
+    for _ in range(500): average.update(book, torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    assert torch.allclose(book.weight[2], where) and book.weight.isfinite().all()
+
+
+def test_a_revived_code_is_not_pulled_back_by_its_past():
+    book = Codebook(2, 2, learn=False)
+    average, alive = MovingAverage(book.weight, 0.99), Replacement(2, life_span=1)
+    z = torch.full((8, 2), 50.0)
+    alive.note(torch.tensor([0]))
+    alive.revive(z, book, average)
+    average.update(book, z, torch.ones(8, dtype=torch.int64))
+    assert (book.weight[1] - 50).abs().max() < 0.1
+
+
+def test_life_span_counts_training_steps():
+    book, alive = Codebook(1, 4), Replacement(4, life_span=3)
+    z = torch.full((5, 1), 9.0)
+    for step in range(3):
+        alive.revive(z, book)
+        assert (book() != 9).all()
+        alive.note(torch.tensor([0, 0, 1]))
+    alive.revive(z, book)
+    assert (book()[:2] != 9).all() and (book()[2:] == 9).all() and alive.idle.tolist() == [0, 0, 0, 0]
+
+
+def test_kmeans_waits_and_reloads():
+    book = Codebook(3, 4, init="kmeans")
+    fresh = Codebook(3, 4, init="kmeans")
+    fresh.load_state_dict(book.state_dict())
+    assert fresh.waiting
+    book.start(torch.randn(20, 3))
+    fresh.load_state_dict(book.state_dict())
+    assert not fresh.waiting and torch.equal(fresh(), book())
+
+
+@pytest.mark.parametrize("make,error,words", [
+    (lambda: Codebook(3, 4, init="zeros"), ValueError, "normal, kaiming, kmeans, got 'zeros'"),
+    (lambda: MovingAverage(torch.ones(2, 2), decay=1.0), ValueError, "decay"),
+    (lambda: MovingAverage(torch.ones(2, 2), smoothing=-1), ValueError, "smoothing"),
+    (lambda: Replacement(4, life_span=0), ValueError, "life_span"),
+    (lambda: kmeans(torch.zeros(0, 3), 4), ValueError, "at least one vector"),
+])
+def test_bad_arguments_are_named(make, error, words):
+    with pytest.raises(error, match=words): make()
