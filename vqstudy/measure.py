@@ -22,14 +22,15 @@ def _checked(counts: Shaped[Tensor, "k"]) -> Float[Tensor, "k"]:
     if not counts.isfinite().all() or (counts < 0).any() or counts.sum() <= 0: raise ValueError("counts must be finite, not negative, and not all zero")
     return counts
 
-# %% ../nbs/lib/04_measure.ipynb #1df017a3
+# %% ../nbs/lib/04_measure.ipynb #698ac423
 def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, between 1/k and 1. Raises ValueError for counts that are no counts."
     return float((_checked(counts) > 0).double().mean())
 
 def perplexity(counts: Shaped[Tensor, "k"]) -> float:
     "exp of the entropy of the summed counts, between 1 and k. Raises ValueError for counts that are no counts."
-    p = _checked(counts) / counts.sum()
+    counts = _checked(counts)
+    p = counts / counts.sum()
     return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 # %% ../nbs/lib/04_measure.ipynb #1f3fa199
