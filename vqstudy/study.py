@@ -57,7 +57,7 @@ def engine() -> list[int]:
     if "SLURM_JOB_ID" in os.environ: return []
     raise ProcessLookupError(f"the engine (process {pid}) is gone")
 
-# %% ../nbs/lib/11_study.ipynb #a86d8022
+# %% ../nbs/lib/11_study.ipynb #21afde43
 class Run:
     "One run of a notebook. `.cell`, `.parameters`, `.out` and `.checkpoint` (paths), `.deadline` (Unix time or None). Raises as `check` does."
     def __init__(self, notebook: str, namespace: dict[str, Any]):
@@ -66,7 +66,8 @@ class Run:
         self.cell, self.started, self._start = cell_id(notebook, self.parameters), now(), time.monotonic()
         alone = os.path.relpath(root() / "data" / "runs" / "single" / self.cell)
         self.out = Path(namespace.get("out") or alone)
-        key = _hash(self.cell + fingerprint(notebook))[:12]
+        self._code = fingerprint(notebook)  # of now: the files may change while this runs
+        key = _hash(self.cell + self._code)[:12]
         self.checkpoint = (self.out.parent if "VQSTUDY_WATCH" in os.environ else self.out) / f"checkpoint-{key}.pt"
         self.deadline = float(os.environ["VQSTUDY_DEADLINE"]) if "VQSTUDY_DEADLINE" in os.environ else None
         if "VQSTUDY_WATCH" in os.environ: Guard([int(pid) for pid in os.environ["VQSTUDY_WATCH"].split()])
@@ -75,7 +76,8 @@ class Run:
              status: str = "done") -> dict[str, Any]:
         "Write the record into `out` and return it; `samples` is (2, m, 3, h, w) of uint8. Raises TypeError or ValueError as `make_record` does."
         spent = {"seconds": round(time.monotonic() - self._start, 3)} | memory() | cost
-        record = make_record(self.cell, self.parameters, provenance(self.notebook, self.started), status, metrics, spent)
+        past = provenance(self.notebook, self.started) | dict(fingerprint=self._code)
+        record = make_record(self.cell, self.parameters, past, status, metrics, spent)
         save_record(self.out, record, history, samples)
         self.checkpoint.unlink(missing_ok=True)
         return record
