@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SIZES', 'ResidualBlock', 'encoder', 'decoder', 'Reconstruction', 'Autoencoder', 'reconstruction_loss']
 
-# %% ../nbs/lib/07_models.ipynb #a581cc36
+# %% ../nbs/lib/07_models.ipynb #41d687f1
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from .quantizers import Quantized, Quantizer, recipe
+from .base import Quantized, Quantizer
 
 # %% ../nbs/lib/07_models.ipynb #31c1e6b5
 class ResidualBlock(nn.Module):
@@ -39,7 +39,7 @@ def decoder(size: int, c: int) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(c) for _ in range(blocks)), nn.ConvTranspose2d(c, c, 3, 1, 1), *_act(c),
                          nn.ConvTranspose2d(c, c // 2, 4, 2, 1), *_act(c // 2), nn.ConvTranspose2d(c // 2, 3, 4, 2, 1), nn.Sigmoid())
 
-# %% ../nbs/lib/07_models.ipynb #697b56ac
+# %% ../nbs/lib/07_models.ipynb #f7899ae0
 class Reconstruction(NamedTuple):
     "What an autoencoder returns."
     x: Tensor             # (b, 3, h, w) the decoder's picture, in 0..1
@@ -66,9 +66,17 @@ class Autoencoder(nn.Module):
         quantized = self.quantizer(z)
         return Reconstruction(self.decoder(quantized.z_q), z, quantized)
 
-# %% ../nbs/lib/07_models.ipynb #2ded9230
+    def task_loss(self, prediction: Float[Tensor, "b 3 h w"], x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        "The mean squared error, as the quantizer's objective takes it."
+        return self.quantizer.objective(F.mse_loss(prediction.float(), x), x[0].numel())
+
+    def decoder_loss(self, v: Float[Tensor, "b c h w"], x: Float[Tensor, "b 3 h w"], y: Tensor | None = None) -> Float[Tensor, ""]:
+        "The task's loss with v at the decoder's input, for rules that ask the decoder."
+        return self.task_loss(self.decoder(v), x)
+
+# %% ../nbs/lib/07_models.ipynb #038c409a
 def reconstruction_loss(model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    "mse(x_hat, x) + the quantizer's loss, and both apart; for `fit`."
+    "The task's loss (the mean squared error, unless the quantizer has its own objective) plus the quantizer's, and both apart; for `fit`."
     out = model(x)
-    task = F.mse_loss(out.x.float(), x)
+    task = model.task_loss(out.x, x)
     return task + out.quantized.loss, {"task_loss": task.detach(), "quantizer_loss": out.quantized.loss.detach()}

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['reproducible', 'schedule', 'Settings', 'optimizers', 'NonFiniteLoss', 'OutOfTime', 'save_checkpoint',
-           'load_checkpoint', 'random_state', 'set_random_state', 'Fitted', 'fit']
+           'load_checkpoint', 'random_state', 'set_random_state', 'still', 'Fitted', 'fit']
 
-# %% ../nbs/lib/08_train.ipynb #8af04620
+# %% ../nbs/lib/08_train.ipynb #1d437093
 import math, os, random, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from .base import Quantizer
 from .codebook import Codebook
 
 # %% ../nbs/lib/08_train.ipynb #0c70427f
@@ -38,7 +40,7 @@ def schedule(step: int, total: int, warmup: float = 1 / 9) -> float:
     if step < rise: return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/lib/08_train.ipynb #99d61827
+# %% ../nbs/lib/08_train.ipynb #a5653b0a
 @dataclass(frozen=True)
 class Settings:
     "What decides a run, apart from the model, the data and the seed. A checkpoint is only resumed under the settings that it was made with."
@@ -54,26 +56,32 @@ class Settings:
     autocast: str | None = None          # bfloat16 or float16
     channels_last: bool = False
     compile: bool = False                # torch.compile of the model
+    inner: int = 1                       # steps on the codebook before `outer` steps on the network; only where a quantizer alternates
+    outer: int = 1
+    fused: bool = True                   # one inner and one outer step in a single forward pass
     seed: int = 0                        # of the order of the data
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "inner", "outer"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1: raise ValueError(f"warmup is a share of all steps in 0..1, got {self.warmup}")
         if self.codebook_optimizer not in ("adamw", "sgd"): raise ValueError(f"codebook_optimizer must be 'adamw' or 'sgd', got {self.codebook_optimizer!r}")
         if self.autocast not in (None, "bfloat16", "float16"): raise ValueError(f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}")
 
-# %% ../nbs/lib/08_train.ipynb #1b5b7456
-def optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer]:
-    "AdamW for the network; for the tables of its codebooks AdamW or SGD without weight decay. Each group knows its `base_lr`."
+# %% ../nbs/lib/08_train.ipynb #a6488adf
+def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer]:
+    """"network": AdamW; "codebook": AdamW or SGD without weight decay for whatever the codebooks learn (tables, affine maps).
+
+    Each group knows its `base_lr`. One of the two is missing where there is nothing for it to learn.
+    """
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     network, tables = [p for p in parameters if id(p) not in books], [p for p in parameters if id(p) in books]
-    adam, rate = {"betas": s.betas, "fused": True}, s.lr * s.codebook_lr
-    groups = [{"params": network, "weight_decay": s.weight_decay, "base_lr": s.lr}] if network else []
-    if tables and s.codebook_optimizer == "adamw": groups.append({"params": tables, "weight_decay": 0.0, "base_lr": rate})
-    made = [torch.optim.AdamW(groups, lr=s.lr, **adam)] if groups else []
-    if tables and s.codebook_optimizer == "sgd": made.append(torch.optim.SGD([{"params": tables, "base_lr": rate}], lr=rate, fused=True))
+    rate, made = s.lr * s.codebook_lr, {}
+    if network: made["network"] = torch.optim.AdamW([{"params": network, "base_lr": s.lr}], s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
+    group = [{"params": tables, "base_lr": rate}]
+    if tables and s.codebook_optimizer == "adamw": made["codebook"] = torch.optim.AdamW(group, rate, s.betas, weight_decay=0.0, fused=True)
+    if tables and s.codebook_optimizer == "sgd": made["codebook"] = torch.optim.SGD(group, rate, fused=True)
     return made
 
 # %% ../nbs/lib/08_train.ipynb #8bf0731c
@@ -116,7 +124,7 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/08_train.ipynb #0031d065
+# %% ../nbs/lib/08_train.ipynb #4043c9e9
 class _Loop:
     "Model, data, optimisers and how far they are."
     def __init__(self, model, loss_fn, x, y, s: Settings, device: torch.device):
@@ -126,21 +134,29 @@ class _Loop:
         runner = torch.compile(model) if s.compile else model
         self.loss = lambda x, y: loss_fn(runner, x, y)
         self.optimizers, self.scaler = optimizers(model, s), torch.amp.GradScaler(device.type, enabled=s.autocast == "float16")
+        self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+        self.asking = [q for q in self.quantizers if isinstance(getattr(q, "rule", None), str)]
+        self.alternating = [q for q in self.quantizers if getattr(q, "alternate", False)]
         self.per_epoch = len(x) // s.batch_size
         self.total = self.per_epoch * s.epochs
         self.step, self.history, self.seconds, self.sums, self.unchecked = 0, [], 0.0, {}, []
 
     def state(self) -> dict:
         return {"settings": asdict(self.s), "step": self.step, "history": self.history, "seconds": self.seconds, "sums": self.sums,
-                "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict(), "random": random_state()}
+                "model": self.model.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+                "scaler": self.scaler.state_dict(), "random": random_state(), "pending": [p.grad for p in self.tables()]}
+
+    def tables(self) -> list[Tensor]:
+        "What an inner step teaches; alternation leaves gradients pending on it between steps."
+        return self.optimizers["codebook"].param_groups[0]["params"] if self.alternating else []
 
     def load(self, state: dict, name: str) -> None:
         now, then = asdict(self.s), state["settings"]
         other = [f"{k} is {now.get(k)} and was {then.get(k)}" for k in now.keys() | then.keys() if now.get(k) != then.get(k)]
         if other: raise ValueError(f"checkpoint {name} was made with other settings: {'; '.join(sorted(other))}. Remove it, or go on with its own.")
         self.model.load_state_dict(state["model"])
-        for o, saved in zip(self.optimizers, state["optimizers"], strict=True): o.load_state_dict(saved)
+        for k, o in self.optimizers.items(): o.load_state_dict(state["optimizers"][k])
+        for p, grad in zip(self.tables(), state["pending"], strict=True): p.grad = None if grad is None else grad.to(p)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
@@ -155,7 +171,7 @@ def _batches(loop: _Loop):
         x = loop.x[rows].float().div_(255).contiguous(memory_format=loop.memory_format)
         yield x, None if loop.y is None else loop.y[rows]
 
-# %% ../nbs/lib/08_train.ipynb #5fdb79dd
+# %% ../nbs/lib/08_train.ipynb #3d06c2c5
 def _check(loop: _Loop) -> None:
     "Raise NonFiniteLoss if one of the losses since the last check was not finite."
     pending, loop.unchecked = loop.unchecked, []
@@ -163,24 +179,89 @@ def _check(loop: _Loop) -> None:
     for (step, _), loss in zip(pending, values):
         if not math.isfinite(loss): raise NonFiniteLoss(f"the loss was {loss} at step {step} of {loop.total}")
 
-def _advance(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
-    "One training step."
-    s, factor = loop.s, schedule(loop.step, loop.total, loop.s.warmup)
-    with torch.autocast(loop.device.type, getattr(torch, s.autocast or "bfloat16"), enabled=s.autocast is not None):
-        loss, parts = loop.loss(x, y)
-    loop.step += 1
-    loop.unchecked.append((loop.step, loss.detach()))
-    if loop.device.type == "cpu" or len(loop.unchecked) == 50: _check(loop)
-    for o in loop.optimizers:
+def _learn(loop: _Loop, names: tuple[str, ...]) -> None:
+    "One step of the named optimisers at the present learning rate, which uses up their gradients."
+    factor = schedule(loop.step - 1, loop.total, loop.s.warmup)
+    there = [loop.optimizers[name] for name in names if name in loop.optimizers]
+    for group in (group for o in there for group in o.param_groups): group["lr"] = group["base_lr"] * factor
+    if loop.s.clip is not None and "network" in names:
+        for o in there: loop.scaler.unscale_(o)
+        nn.utils.clip_grad_norm_([p for o in there for group in o.param_groups for p in group["params"]], loop.s.clip)
+    for o in there:
+        loop.scaler.step(o)
         o.zero_grad(set_to_none=True)
-        for group in o.param_groups: group["lr"] = group["base_lr"] * factor
+
+def _backward(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    "The loss of a batch and its gradients; returns the loss and its parts."
+    _attach(loop, x, y)
+    with torch.autocast(loop.device.type, getattr(torch, loop.s.autocast or "bfloat16"), enabled=loop.s.autocast is not None):
+        loss, parts = loop.loss(x, y)
+    loop.unchecked.append((loop.step, loss.detach()))
+    if loop.device.type == "cpu" or len(loop.unchecked) >= 50: _check(loop)
     loop.scaler.scale(loss).backward()
-    if s.clip is not None:
-        for o in loop.optimizers: loop.scaler.unscale_(o)
-        nn.utils.clip_grad_norm_(loop.model.parameters(), s.clip)
-    for o in loop.optimizers: loop.scaler.step(o)
+    return {"loss": loss.detach(), **parts}
+
+def _advance(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
+    "One training step: jointly, or alternated where a quantizer asks for it."
+    for q in loop.quantizers: q.anneal(loop.step / loop.total)
+    loop.step += 1
+    if loop.alternating: logs = _alternate(loop, x, y)
+    else:
+        logs = _backward(loop, x, y)
+        _learn(loop, ("network", "codebook"))
     loop.scaler.update()
-    for name, value in {"loss": loss.detach(), **parts}.items(): loop.sums[name] = loop.sums.get(name, 0) + value.double()
+    for name, value in logs.items(): loop.sums[name] = loop.sums.get(name, 0) + value.double()
+
+# %% ../nbs/lib/08_train.ipynb #0bd48df6
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    "Batch norm normalises as ever inside, and its running statistics do not move."
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in norms: m.track_running_stats = False
+    try: yield
+    finally:
+        for m in norms: m.track_running_stats = True
+
+def _attach(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
+    "Give the quantizers that ask for it the task's loss as a function of the decoder's input."
+    def loss_at(v):
+        with still(loop.model): return loop.scaler.scale(loop.model.decoder_loss(v, x, y))
+    for q in loop.asking: q.attach(loss_at)
+
+# %% ../nbs/lib/08_train.ipynb #36dccd2f
+class _Seen(Exception): "The quantizer has got its input; nothing after it is needed."
+
+def _latents(loop: _Loop, q: Quantizer, x: Tensor) -> Tensor:
+    "What reaches a quantizer from a batch, without gradients and without a step of its upkeep."
+    kept = []
+    def stop(module, args): kept.append(args[0]); raise _Seen
+    handle = q.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(): loop.model(x)
+    except _Seen: return kept[0]
+    finally: handle.remove()
+    raise RuntimeError("the model never calls its alternating quantizer")
+
+def _inner(loop: _Loop, loss: Tensor) -> None:
+    "One step of the codebook on the commitment loss, together with what the last outer step left it."
+    with torch.enable_grad(): loss.backward(inputs=loop.tables())
+    _learn(loop, ("codebook",))
+
+def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    "Inner steps on the codebook, outer steps on the network; the logs of the last outer step."
+    s, fused = loop.s, loop.s.fused and loop.s.inner == loop.s.outer == 1
+    xs = x.chunk(1 if fused else s.inner + s.outer)
+    ys = [None] * len(xs) if y is None else y.chunk(len(xs))
+    for part in () if fused else xs[:s.inner]:
+        for q in loop.alternating: _inner(loop, q.inner_loss(_latents(loop, q, part)))
+    for q in loop.alternating: q.inner_step = (lambda loss: _inner(loop, loss)) if fused else None
+    try:
+        for part, labels in zip(xs[0 if fused else s.inner:], ys[0 if fused else s.inner:]):
+            logs = _backward(loop, part, labels)
+            _learn(loop, ("network",))
+    finally:
+        for q in loop.alternating: q.inner_step = None
+    return logs
 
 # %% ../nbs/lib/08_train.ipynb #f55c15fe
 def _close_epoch(loop: _Loop, evaluate: Callable[[nn.Module], dict] | None) -> None:
@@ -208,7 +289,7 @@ def _epoch(loop: _Loop, save: Callable[[], None], save_every: float, deadline: f
     _check(loop)  # also waits for the GPU, so that the clock counts its work
     loop.seconds = before + time.perf_counter() - start
 
-# %% ../nbs/lib/08_train.ipynb #a3ab5d77
+# %% ../nbs/lib/08_train.ipynb #9b46e730
 @dataclass
 class Fitted:
     "What `fit` returns: the trained model, one row of history an epoch, and what it cost."
@@ -220,6 +301,15 @@ class Fitted:
     def metrics(self) -> dict[str, float]:
         "The last epoch's row, without its number."
         return {k: v for k, v in self.history[-1].items() if k != "epoch"}
+
+def _check_model(model: nn.Module, s: Settings) -> None:
+    "Refuse what a quantizer asks for and this model or these settings cannot give."
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    if any(isinstance(getattr(q, "rule", None), str) for q in quantizers) and not hasattr(model, "decoder_loss"):
+        raise ValueError("a quantizer's rule asks the decoder: the model must have decoder_loss(v, x, y)")
+    if not any(getattr(q, "alternate", False) for q in quantizers): return
+    if s.autocast == "float16": raise ValueError("autocast float16 cannot be used with alternation: gradients wait between steps, and their scale may change")
+    if s.batch_size < s.inner + s.outer: raise ValueError(f"batch_size must be at least inner + outer = {s.inner + s.outer}, got {s.batch_size}")
 
 def fit(
     model: nn.Module,
@@ -241,6 +331,7 @@ def fit(
     """
     if len(data.x) < settings.batch_size: raise ValueError(f"batch_size must be at most the set's size {len(data.x)}, got {settings.batch_size}")
     checkpoint = None if checkpoint is None else Path(checkpoint)
+    _check_model(model, settings)
     loop = _Loop(model, loss_fn, data.x, data.y, settings, torch.device(device))
     if checkpoint is not None and checkpoint.exists(): loop.load(load_checkpoint(checkpoint), checkpoint.name)
 
