@@ -1,0 +1,335 @@
+"""Gumbel, SQ-VAE and router: gradients to z and to every parameter against float64 oracles; state, dtypes, graphs, memory, bad input."""
+import copy
+import math
+import pickle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from oracles_categorical import ORACLES
+from vqstudy.categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer, attend, route, sharp
+
+NAMES, SHAPES = list(ORACLES), [(1, 1, 2), (30, 7, 3), (64, 33, 16)]
+SOFT = [name for name in NAMES if name.startswith("sq") or "soft" in name]  # their training value is a mixture of codes
+WORST: dict[str, float] = {}
+
+
+def state(module): return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def gap(a, b): return (torch.zeros_like(b) if a is None else a).sub(torch.zeros_like(a) if b is None else b).abs().max().item() if (a is not None or b is not None) else 0.0
+
+
+def compare(name, n, k, d, lead=None):
+    "The largest difference between quantizer and oracle, of values and gradients; codes must agree."
+    build, naive = ORACLES[name]
+    torch.manual_seed(n)
+    quantizer = build(d, k).double().train()
+    z = torch.randn(*(lead or (n,)), d, dtype=torch.float64, requires_grad=True)
+    leaf, p = z.detach().clone().requires_grad_(), {key: v.detach().clone().requires_grad_() for key, v in quantizer.named_parameters()}
+    torch.manual_seed(7)
+    out = quantizer(z)
+    g = torch.randn_like(out.z_q)
+    ((out.z_q * g).sum() + out.loss).backward()
+    torch.manual_seed(7)
+    value, codes, loss = naive(quantizer, leaf, p)
+    ((value * g).sum() + loss).backward()
+    assert torch.equal(out.codes, codes)
+    pairs = [(out.z_q, value), (out.loss, loss), (z.grad, leaf.grad), *((v.grad, p[key].grad) for key, v in quantizer.named_parameters())]
+    return max(gap(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n,k,d", SHAPES)
+def test_gradients_to_z_and_every_parameter(name, n, k, d):
+    WORST[name] = max(WORST.get(name, 0.0), compare(name, n, k, d))
+    assert WORST[name] < 1e-10
+    print(f"{name}: {WORST[name]:.1e}")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sq")])
+def test_sq_sums_over_each_picture(name):
+    assert compare(name, 30, 7, 3, lead=(5, 2, 3)) < 1e-10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_forward_is_the_code_vector_to_the_last_bit(name, dtype):
+    torch.manual_seed(0)
+    quantizer = ORACLES[name][0](8, 32).to(dtype)
+    z = torch.randn(50, 8).to(dtype).requires_grad_()
+    for mode in (True, False):
+        out = quantizer.train(mode)(z)
+        exact = torch.equal(out.z_q, quantizer.decode(out.codes)) and torch.equal(out.z_q, quantizer.codebook[out.codes])
+        assert exact == (name not in SOFT or not mode)
+        assert out.z_q.dtype == dtype and out.codes.dtype == torch.int64
+        (out.z_q.float().sum() + out.loss).backward()
+    assert torch.equal(quantizer.encode(z), out.codes) and z.grad.isfinite().all()
+    with torch.no_grad(): assert torch.equal(quantizer(z).z_q, out.z_q)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_changes_nothing(name):
+    torch.manual_seed(0)
+    quantizer = ORACLES[name][0](8, 32).eval()
+    z, before, random = torch.randn(20, 8), state(quantizer), torch.get_rng_state()
+    outs = [quantizer(z) for _ in range(3)]
+    assert torch.equal(outs[0].z_q, outs[-1].z_q) and torch.equal(outs[0].loss, outs[-1].loss)
+    quantizer.train().encode(z)
+    assert same(state(quantizer), before) and torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_reload_then_the_same_next_step(name):
+    torch.manual_seed(0)
+    first, z = ORACLES[name][0](8, 32), torch.randn(40, 8)
+    first.anneal(0.7)
+    second = ORACLES[name][0](8, 32)
+    second.load_state_dict(first.state_dict(), strict=True)
+    outs = []
+    for quantizer in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), second, first):
+        torch.manual_seed(7)
+        leaf = z.clone().requires_grad_()
+        out = quantizer(leaf)
+        (out.z_q.sum() + out.loss).backward()
+        outs.append((out, leaf.grad, [p.grad for p in quantizer.parameters()]))
+    for out, grad, grads in outs[1:]:
+        assert torch.equal(out.z_q, outs[0][0].z_q) and torch.equal(out.loss, outs[0][0].loss) and torch.equal(grad, outs[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(grads, outs[0][2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_leading_shape_and_channel_dim(name):
+    torch.manual_seed(0)
+    flat = ORACLES[name][0](6, 10).eval()
+    maps = copy.deepcopy(flat)
+    maps.channel_dim = 1
+    z = torch.randn(2, 6, 3, 4)
+    out, rows = maps(z), flat(z.movedim(1, -1))
+    assert out.codes.shape == (2, 3, 4) and torch.equal(out.codes, rows.codes) and torch.equal(out.z_q, rows.z_q.movedim(-1, 1)) and torch.equal(out.loss, rows.loss)
+    assert torch.equal(maps.decode(out.codes), out.z_q)
+    assert flat(z[0, :, 0, 0]).codes.shape == () and flat(z[0, :, 0, 0]).z_q.ndim == 1
+    assert torch.equal(maps(z.contiguous(memory_format=torch.channels_last)).z_q, out.z_q)
+    leaf, other = z.clone().requires_grad_(), z.movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    for x in (leaf, other): (maps(x).z_q ** 2).sum().backward()
+    assert torch.equal(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_in_float32(name, dtype):
+    torch.manual_seed(0)
+    quantizer = ORACLES[name][0](16, 64)
+    z = torch.randn(400, 16).to(dtype)
+    torch.manual_seed(1)
+    plain = quantizer(z.float())
+    leaf = z.clone().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype): out = quantizer(leaf)
+    (out.z_q.float().sum() + out.loss).backward()
+    assert torch.equal(out.codes, plain.codes) and out.z_q.dtype == dtype and out.loss.dtype == torch.float32
+    assert torch.equal(out.z_q, plain.z_q.to(dtype)) and leaf.grad.isfinite().all() and out.loss.isfinite()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_break(name):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    eager = ORACLES[name][0](8, 16)
+    compiled, z, graphs = copy.deepcopy(eager), torch.randn(64, 8), CompileCounterWithBackend("aot_eager")
+    def step(quantizer, z):
+        out = quantizer(z)
+        return (out.z_q ** 2).sum() + out.loss, out.codes
+    fast = torch.compile(step, fullgraph=True, backend=graphs)
+    for progress in (0.0, 0.5, 1.0):
+        eager.anneal(progress), compiled.anneal(progress)
+        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+        torch.manual_seed(3); loss, codes = step(eager, a)
+        torch.manual_seed(3); other, their = fast(compiled, b)
+        loss.backward(), other.backward()
+        assert torch.equal(codes, their) and torch.allclose(loss, other) and torch.allclose(a.grad, b.grad, atol=1e-6)
+    assert graphs.frame_count == 1
+    for p, q in zip(eager.parameters(), compiled.parameters()): assert torch.allclose(p.grad, q.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gumbel", "sq (4)", "router", "router + switch"])
+@pytest.mark.parametrize("z,error,words", [
+    (torch.zeros(3, 7), ValueError, "z must have vectors of width 8, got shape"), (torch.zeros(0, 8), ValueError, "at least one vector"),
+    (torch.full((3, 8), torch.nan), ValueError, "z must be finite"), (torch.zeros(3, 8, dtype=torch.int64), TypeError, "floating dtype, got torch.int64")])
+def test_bad_input_changes_nothing(name, z, error, words):
+    quantizer = ORACLES[name][0](8, 16)
+    before, random = state(quantizer), torch.get_rng_state()
+    for call in (quantizer, quantizer.encode):
+        with pytest.raises(error, match=words): call(z)
+    assert same(state(quantizer), before) and torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(ValueError, match=r"0\.\.15, got 16\.\.16"): quantizer.decode(torch.tensor([16]))
+
+
+@pytest.mark.parametrize("make,error,words", [
+    (lambda: GumbelQuantizer(0, 4), ValueError, "dim must be at least 1, got 0"),
+    (lambda: GumbelQuantizer(4, 2.5), TypeError, "num_codes must be an int, got 2.5"),
+    (lambda: GumbelQuantizer(4, 4, kl=-1.0), ValueError, "kl must be finite and at least 0, got -1.0"),
+    (lambda: GumbelQuantizer(4, 4, kl="much"), TypeError, "kl must be a number, got 'much'"),
+    (lambda: GumbelQuantizer(4, 4, hard=1), TypeError, "hard must be one of True, False, got 1"),
+    (lambda: GumbelQuantizer(4, 4, estimator="st"), ValueError, "'gumbel', 'reinmax', got 'st'"),
+    (lambda: GumbelQuantizer(4, 4, estimator=None), TypeError, "estimator must be one of"),
+    (lambda: GumbelQuantizer(4, 4, hard=False, estimator="reinmax"), ValueError, "hard must be True"),
+    (lambda: GumbelQuantizer(4, 4, temperature=0.0), ValueError, "temperature must be finite and above 0, got 0.0"),
+    (lambda: GumbelQuantizer(4, 4, final_temperature=math.inf), ValueError, "final_temperature must be finite"),
+    (lambda: GumbelQuantizer(4, 4).anneal(1.5), ValueError, r"progress must lie in 0\.\.1, got 1.5"),
+    (lambda: SQQuantizer(4, 4, variant=0), ValueError, "variant must be one of 1, 2, 3, 4, got 0"),
+    (lambda: SQQuantizer(4, 4, variant="IV"), TypeError, "variant must be one of 1, 2, 3, 4, got 'IV'"),
+    (lambda: SQQuantizer(4, 4, weight=-1), ValueError, "weight must be finite and at least 0"),
+    (lambda: SQQuantizer(4, 4, temperature=True), TypeError, "temperature must be a number, got True"),
+    (lambda: RouterQuantizer(4, 0), ValueError, "num_codes must be at least 1, got 0"),
+    (lambda: RouterQuantizer(4, 4, tied=None), TypeError, "tied must be one of True, False, got None"),
+    (lambda: RouterQuantizer(4, 4, gate="moe"), ValueError, "gate must be one of 'dense', 'switch', got 'moe'"),
+    (lambda: RouterQuantizer(4, 4, init="kmeans"), ValueError, "init must be one of 'normal', 'copy', got 'kmeans'"),
+    (lambda: RouterQuantizer(4, 4, init_scale=-0.1), ValueError, "init_scale must be finite and above 0, got -0.1"),
+    (lambda: RouterQuantizer(4, 4, tied=True, init="copy"), ValueError, "init must be 'normal' for a tied router"),
+    (lambda: RouterQuantizer(4, 4, code_dim=0), ValueError, "code_dim must be at least 1, got 0"),
+    (lambda: RouterQuantizer(4, 4, code_dim=8, tied=True), ValueError, "code_dim must be dim = 4 .* got 8"),
+    (lambda: RouterQuantizer(4, 4, code_dim=8, init="copy"), ValueError, "code_dim must be dim = 4"),
+    (lambda: RouterQuantizer(4, 4, code_dim=8, alpha=1.0), ValueError, "code_dim must be dim = 4"),
+    (lambda: RouterQuantizer(4, 4, beta=1.1), ValueError, r"beta must lie in 0\.\.1, got 1.1"),
+    (lambda: RouterQuantizer(4, 4, entropy=-0.1), ValueError, "entropy must be finite and at least 0"),
+    (lambda: RouterQuantizer(4, 4, entropy_temperature=0), ValueError, "entropy_temperature must be finite and above 0"),
+    (lambda: RouterQuantizer(4, 4, bias=0), TypeError, "bias must be one of True, False, got 0"),
+])
+def test_bad_arguments_are_named(make, error, words):
+    with pytest.raises(error, match=words): make()
+
+
+# --- Known answers
+
+@pytest.mark.parametrize("estimator", ["gumbel", "reinmax"])
+def test_training_codes_are_drawn_from_the_softmax(estimator):
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(2, 5, estimator=estimator, temperature=3.0)
+    z = torch.randn(2).expand(40000, 2)
+    drawn = torch.bincount(quantizer(z).codes, minlength=5) / 40000
+    assert torch.allclose(drawn, quantizer.head(z[:1]).softmax(1)[0], atol=0.01)
+
+
+def test_reinmax_is_unbiased_for_a_quadratic_loss_through_the_quantizer():
+    "The mean over draws of dL/dz, L = |z_q - t|^2, against the derivative of sum_i p_i |E_i - t|^2; straight-through Gumbel misses it."
+    torch.manual_seed(0)
+    target, start = torch.randn(2, 3, dtype=torch.float64)
+    errors = {}
+    for estimator in ("gumbel", "reinmax"):
+        torch.manual_seed(1)
+        quantizer = GumbelQuantizer(3, 4, kl=0.0, estimator=estimator).double()
+        leaf = start.clone().requires_grad_()
+        exact, = torch.autograd.grad((quantizer.head(leaf).softmax(0) * (quantizer.codebook - target).pow(2).sum(1)).sum(), leaf)
+        z = start.expand(400000, 3).clone().requires_grad_()
+        (quantizer(z).z_q - target).pow(2).sum().backward()
+        error = z.grad.std(0) / 400000 ** 0.5
+        errors[estimator] = ((z.grad.mean(0) - exact) / error).abs().max().item()
+    assert errors["reinmax"] < 4 < 20 < errors["gumbel"], errors
+
+
+def test_sq_is_vq_where_the_variance_vanishes():
+    torch.manual_seed(0)
+    quantizer, z = SQQuantizer(4, 16, 1), torch.randn(100, 4)
+    quantizer.head = torch.nn.Linear(4, 1)
+    quantizer.head.weight.data.zero_(), quantizer.head.bias.data.fill_(-9), quantizer.log_scale.data.fill_(-9)
+    out = quantizer(z)
+    assert torch.equal(out.codes, torch.cdist(z, quantizer.codebook).argmin(1)) and torch.allclose(out.z_q, quantizer.codebook[out.codes], atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+def test_sq_with_one_variance_takes_the_nearest_code(variant):
+    torch.manual_seed(0)
+    quantizer = ORACLES[f"sq ({variant})"][0](6, 50)
+    z = torch.randn(4, 30, 6)
+    assert torch.equal(quantizer.encode(z), torch.cdist(z, quantizer.codebook).argmin(-1))
+
+
+def test_sq_objective_is_the_bound_of_its_decoder():
+    "size/2 log(SSE) differs by a constant from the Gaussian log-likelihood with its variance at the best value, SSE / size."
+    size, sse = 3072, torch.tensor([3.0, 40.0], dtype=torch.float64)
+    likelihood = size / 2 * (2 * math.pi * sse / size).log() + size / 2
+    ours = SQQuantizer(4, 4).objective(sse / size, size)
+    assert torch.allclose(ours[1] - ours[0], likelihood[1] - likelihood[0])
+
+
+def test_ties_and_far_vectors_stay_finite():
+    for name in NAMES:
+        quantizer = ORACLES[name][0](8, 16)
+        z = torch.cat([torch.zeros(2, 8), 20 * torch.randn(6, 8)]).requires_grad_()
+        out = quantizer(z)
+        (out.z_q.sum() + out.loss).backward()
+        assert out.loss.isfinite() and z.grad.isfinite().all() and all(p.grad.isfinite().all() for p in quantizer.parameters() if p.grad is not None), name
+
+
+def test_route_and_attend_in_tiles_and_at_odd_widths():
+    torch.manual_seed(0)
+    for d, e, k in ((1, 1, 1), (7, 3, 5), (3, 9, 300), (64, 64, 129)):
+        x, W, E, b = torch.randn(37, d).double(), torch.randn(k, d).double(), torch.randn(k, e).double(), torch.randn(k).double()
+        assert torch.equal(route(x, W, b, budget=1), (x @ W.T + b).argmax(1))
+        assert torch.allclose(attend(x, W, E, b), (x @ W.T + b).softmax(1) @ E, atol=1e-12)
+
+
+def test_router_gradient_holds_no_matrix_of_n_by_k():
+    "No tensor that autograd or the pass allocates is as large as n x k."
+    torch.manual_seed(0)
+    n, k = 512, 4096
+    quantizer, z, largest = RouterQuantizer(16, k), torch.randn(n, 16, requires_grad=True), []
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and "mm" not in str(function))
+            return result
+    with Watch(): quantizer(z).z_q.sum().backward()
+    assert max(largest) < n * k / 8
+
+
+def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    quantizer, z = RouterQuantizer(8, 16), torch.randn(5, 8, requires_grad=True)
+    def twice():
+        grad, = torch.autograd.grad((attend(z, quantizer.keys, quantizer.codebook) ** 2).sum(), z, create_graph=True)
+        return torch.autograd.grad(grad.sum(), z)[0]
+    with pytest.raises(RuntimeError, match="not implemented"): twice()
+    with sdpa_kernel(SDPBackend.MATH): assert twice().isfinite().all()
+
+
+def test_a_router_without_a_decoder_gradient_learns_nothing():
+    quantizer, z = RouterQuantizer(8, 16, bias=True), torch.randn(5, 8, requires_grad=True)
+    (quantizer(z).z_q * 0).sum().backward()
+    assert not z.grad.any() and not any(p.grad.any() for p in quantizer.parameters())
+
+
+def test_sharp_takes_any_mixture():
+    E = torch.randn(6, 3, requires_grad=True)
+    mixture, codes, g = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 5, 5, 2]), torch.randn(4, 3)
+    sharp(mixture, codes, E).backward(g)
+    assert torch.equal(mixture.grad, g) and torch.allclose(E.grad, torch.zeros(6, 3).index_add_(0, codes, g))
+
+
+def test_a_tied_router_and_a_copy_start_alike():
+    torch.manual_seed(0)
+    tied, copied = RouterQuantizer(8, 16, tied=True, init_scale=1.0), RouterQuantizer(8, 16, init="copy", init_scale=1.0)
+    with torch.no_grad(): copied.book.weight.copy_(tied.book.weight), copied.keys.copy_(tied.book.weight)
+    z = torch.randn(20, 8)
+    a, b = tied(z), copied(z)
+    a.z_q.pow(2).sum().backward(), b.z_q.pow(2).sum().backward()
+    assert torch.equal(a.z_q, b.z_q) and torch.allclose(tied.book.weight.grad, copied.book.weight.grad + copied.keys.grad, atol=1e-5)
+    assert F.cosine_similarity(tied.book.weight.grad.flatten(), copied.book.weight.grad.flatten(), dim=0) < 1
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_agrees_with_torch_gumbel_softmax(hard):
+    torch.manual_seed(0)
+    quantizer, z, g = GumbelQuantizer(6, 12, kl=0.0, hard=hard, temperature=0.7), torch.randn(50, 6, requires_grad=True), torch.randn(50, 6)
+    torch.manual_seed(1)
+    out = quantizer(z)
+    torch.manual_seed(1)
+    weights = F.gumbel_softmax(quantizer.head(z), tau=0.7, hard=hard)
+    assert torch.equal(out.codes, weights.argmax(1)) and torch.allclose(out.z_q, weights @ quantizer.codebook, atol=1e-5)
+    leaves = (z, *quantizer.parameters())
+    for ours, theirs in zip(torch.autograd.grad(out.z_q, leaves, g), torch.autograd.grad(weights @ quantizer.codebook, leaves, g)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
