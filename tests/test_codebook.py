@@ -110,7 +110,7 @@ def test_kmeans_waits_and_reloads():
 
 
 @pytest.mark.parametrize("make,error,words", [
-    (lambda: Codebook(3, 4, init="zeros"), ValueError, "normal, kaiming, kmeans, got 'zeros'"),
+    (lambda: Codebook(3, 4, init="zeros"), ValueError, "normal, uniform, kaiming, orthogonal, kmeans, sample, got 'zeros'"),
     (lambda: MovingAverage(torch.ones(2, 2), decay=1.0), ValueError, "decay"),
     (lambda: MovingAverage(torch.ones(2, 2), smoothing=-1), ValueError, "smoothing"),
     (lambda: Replacement(4, life_span=0), ValueError, "life_span"),
