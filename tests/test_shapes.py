@@ -10,13 +10,13 @@ with install_import_hook("vqstudy", "beartype.beartype"):
     from vqstudy.data import images
     from vqstudy.measure import Meter
     from vqstudy.models import Autoencoder, reconstruction_loss
-    from vqstudy.quantizers import recipe, recipes
+    from vqstudy.quantizers import recipe
     from vqstudy.scores import reconstruction_scores, sample_pair
     from vqstudy.search import nearest
 torch.manual_seed(0)
 x = images("photos", "test", limit=4).x
-for spec in recipes():
-    model = Autoencoder(recipe(spec, 8, 16, channel_dim=1), channels=8)
+for spec in ("none", "vq + l2 + replace", "vq + rotation + ema", "vq + affine + opt", "stochastic", "simvq", "gumbel", "sq", "router", "fsq", "lfq", "bsq"):
+    model = Autoencoder(recipe(spec, 8, 64, channel_dim=1), channels=8)
     for _ in range(2): reconstruction_loss(model, x.float() / 255)[0].backward()
     reconstruction_scores(model, x), sample_pair(model, x)
 nearest(torch.randn(5, 3), torch.randn(4, 3), exact=True), kmeans(torch.randn(50, 3), 4)
