@@ -151,7 +151,7 @@ def _hessian(z, q, g, loss_at):
         else: slope = None  # a loss without curvature
     return g if slope is None else g + slope, _nothing(g)
 
-# %% ../nbs/lib/01_estimators.ipynb #1fe8ca5a
+# %% ../nbs/lib/01_estimators.ipynb #52143f7d
 Perturbation = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 def _towards(z, q, v):
@@ -162,7 +162,7 @@ def _towards(z, q, v):
     return z + length * (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)).detach()
 
 def noise_substitution(z, q):
-    "z moved by |q - z| in a random direction (Vali and Baeckstroem 2022, NSVQ, Eq. 7)."
+    "z moved by |q - z| in a random direction (Vali and Baeckstroem 2022, NSVQ)."
     return _towards(z, q, torch.randn_like(z))
 
 def directional_noise(variance: float = 1e-3) -> Perturbation:

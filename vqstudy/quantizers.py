@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keywords', 'recipe', 'recipes']
 
-# %% ../nbs/lib/03_quantizers.ipynb #10a9df8b
+# %% ../nbs/lib/03_quantizers.ipynb #bc2d2bc4
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from .base import NoQuantizer, Quantized, Quantizer
@@ -14,6 +14,7 @@ from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from .estimators import directional_noise, noise_substitution, reflection, rotation, synchronized
 from .lattice import BSQ, FSQ, LFQ
+from .transport import OptVQ
 from .vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
 # %% ../nbs/lib/03_quantizers.ipynb #eb1c54eb
@@ -52,7 +53,7 @@ _EXCLUSIVE = [  # of each of these sets a recipe has at most one: rules of the s
     {"rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt"}, {"ema", "affine", "moving-affine"}, {"alt", "opt"},
     *({a, b} for a in ("ema",) for b in ("sync", "alt", "opt", "nsvq", "diveq")), {"nsvq", "alt"}, {"diveq", "alt"}]
 
-# %% ../nbs/lib/03_quantizers.ipynb #bbfc4e20
+# %% ../nbs/lib/03_quantizers.ipynb #1f5c168f
 @dataclass(frozen=True)
 class _Base:
     doc: str
@@ -67,6 +68,7 @@ _BASES = {
     "vq": _Base("nearest code, straight-through, commitment loss (VQ-VAE)", VectorQuantizer, ("metric", "init", "alpha", "beta"), frozenset(_RULES | _OWN)),
     "stochastic": _Base("codes drawn by distance, annealed", StochasticQuantizer, ("init", "alpha", "beta", *_TEMPERATURES), frozenset(_RULES | _OWN)),
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ, ("metric", "alpha", "beta"), frozenset(_RULES | {"l2", "alt"})),
+    "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ, ("init", "alpha", "beta", "epsilon", "iterations"), frozenset(_RULES | _OWN)),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer, ("kl", "hard", *_TEMPERATURES), frozenset({"reinmax"})),
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer, ("variant", "weight", *_TEMPERATURES)),
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer, ("bias", "init_scale", "entropy", "entropy_temperature"), frozenset({"tied", "switch"})),
@@ -113,10 +115,10 @@ def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
         built |= option.build(dim, **{name: given.get(name, value) for name, value in option.keywords.items()})
     return _BASES[base].make(dim, num_codes, **built)
 
-# %% ../nbs/lib/03_quantizers.ipynb #e03d10c1
+# %% ../nbs/lib/03_quantizers.ipynb #65099c46
 _NAMED = ("none", "vq", "vq + l2", "vq + replace", "vq + l2 + replace", "vq + ema", "vq + ema + replace", "vq + rotation", "vq + rotation + ema", "vq + sync", "vq + reflection",
           "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt", "vq + affine + opt + replace", "vq + affine + opt + replace + l2", "vq + refit", "vq + exact",
-          "vq + hessian", "vq + nsvq", "vq + diveq", "stochastic", "simvq", "gumbel", "gumbel + reinmax", "sq", "router", "router + tied", "router + switch", "fsq", "lfq", "bsq")
+          "vq + hessian", "vq + nsvq", "vq + diveq", "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq", "router", "router + tied", "router + switch", "fsq", "lfq", "bsq")
 
 def recipes() -> dict[str, str]:
     "The recipes that the study names, with one line each. Options combine freely, so there are more than these."
