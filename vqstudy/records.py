@@ -63,8 +63,10 @@ def device() -> str:
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
     return (names + [platform.processor() or platform.machine()])[0]
 
-# %% ../nbs/lib/10b_records.ipynb #796d1f32
-def now() -> str: return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+# %% ../nbs/lib/10b_records.ipynb #8aea1209
+def now() -> str:
+    "The time in UTC, to the second."
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 def provenance(notebook: str | Path, started: str) -> dict[str, Any]:
     "Where a record comes from: commit, code, packages, device, threads, sweep and scale, start and end in UTC."
@@ -197,8 +199,10 @@ def _order(row: dict[str, str]) -> tuple:
     "The place of a row in its table: scale, dataset, method, seed as a number, cell."
     return row["scale"], row["dataset"], row["method"], int(row["seed"] or -1), row["cell"]
 
-# %% ../nbs/lib/10b_records.ipynb #b95abb12
-def slug(*words: str) -> str: return "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words if word)
+# %% ../nbs/lib/10b_records.ipynb #1dfc375a
+def slug(*words: str) -> str:
+    "A file name of words: lower case, everything else a hyphen."
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words if word)
 
 def _keep_samples(folder: Path, cell: Cell, row: dict[str, str], kept: dict[str, Any]) -> None:
     "Keep a cell's picture if it has the lowest seed of its scale, dataset and method so far."
