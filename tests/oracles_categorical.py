@@ -15,7 +15,7 @@ def kl_to_uniform(p): return (p * (p * p.shape[1]).log()).sum(1)
 
 
 def gumbel(quantizer, z, p):
-    "Jang et al. 2017 with the KL term of taming-transformers; ReinMax by its definition (Liu et al. 2023, Algorithm 2)."
+    "Jang et al. 2017 with the KL term of taming-transformers; ReinMax by its definition (Liu et al. 2023)."
     E, logits = p["book.weight"], z @ p["head.weight"].T + p["head.bias"]
     probabilities, tau = torch.softmax(logits, 1), float(quantizer.temperature)
     noisy = logits + noise(logits)

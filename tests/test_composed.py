@@ -1,72 +1,17 @@
-"""Quantizers made of quantizers: gradients against the plain methods in float64, state, reload, compile, shapes, dtypes, bad arguments, and peers."""
+"""Quantizers made of quantizers: levels, scales, upkeep within, bad arguments, peers. What every quantizer must keep is in test_quantizers."""
 import copy
 import pickle
 from functools import partial
 import pytest
 import torch
-from oracles_composed import MAPS, ORACLES
 from torch import nn
 from vector_quantize_pytorch import GroupedResidualVQ, ResidualVQ
 from vqstudy.base import Quantizer
-from vqstudy.categorical import GumbelQuantizer, RouterQuantizer
-from vqstudy.codebook import Replacement
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer, join_scales, split_scales
-from vqstudy.estimators import noise_substitution, rotation
-from vqstudy.lattice import FSQ
 from vqstudy.vector import StochasticQuantizer, VectorQuantizer
-
-KEPT = partial(VectorQuantizer, decay=0.9, life_span=3)  # averages and replacement inside
-KINDS = {  # name: (build(dim, num_codes, channel_dim), whether z is a map)
-    "group": (partial(GroupQuantizer, make=KEPT), False),
-    "group + shared": (partial(GroupQuantizer, shared=True, make=KEPT), False),
-    "residual": (partial(ResidualQuantizer, levels=3), False),
-    "residual + ema + rotation": (partial(ResidualQuantizer, levels=3, make=partial(KEPT, rule=rotation())), False),
-    "residual + shared + replace": (partial(ResidualQuantizer, levels=3, shared=True, make=partial(VectorQuantizer, life_span=2)), False),
-    "residual + dropout": (partial(ResidualQuantizer, levels=3, dropout=True, make=KEPT), False),
-    "residual + l2": (partial(ResidualQuantizer, levels=2, make=partial(VectorQuantizer, l2=True)), False),
-    "residual + nsvq": (partial(ResidualQuantizer, levels=2, make=partial(VectorQuantizer, perturb=noise_substitution)), False),
-    "residual + stochastic": (partial(ResidualQuantizer, levels=2, make=StochasticQuantizer), False),
-    "group of residuals": (partial(GroupQuantizer, make=partial(ResidualQuantizer, levels=2, make=KEPT)), False),
-    "residual of groups": (partial(ResidualQuantizer, levels=2, make=partial(GroupQuantizer, make=KEPT)), False),
-    "residual + fsq": (partial(ResidualQuantizer, levels=2, make=FSQ), False),
-    "residual + gumbel": (partial(ResidualQuantizer, levels=2, make=GumbelQuantizer), False),
-    "group + router": (partial(GroupQuantizer, make=RouterQuantizer), False),
-    "multiscale": (partial(MultiScaleQuantizer, make=KEPT), True),
-    "multiscale of residuals": (partial(MultiScaleQuantizer, make=partial(ResidualQuantizer, levels=2)), True),
-}
-# in training: fewer levels, a perturbed vector, and a codebook that one level moves before the next
-NOT_THE_SUM = ("residual + dropout", "residual + nsvq", "residual + shared + replace")
-names = pytest.mark.parametrize("name", KINDS)
-
 
 def state(module): return {k: v.clone() for k, v in module.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-def build(name, **options): return KINDS[name][0](8, 16, **options)
-def sample(name, dtype=torch.float32): return torch.randn((2, 4, 6, 8) if KINDS[name][1] else (40, 8)).to(dtype)
-
-
-@pytest.mark.parametrize("name,shape,k", [(name, shape, k) for name in ORACLES for shape, k in (((1, 2), 1), ((30, 4), 7), ((64, 16), 16))]
-                         + [(name, shape, k) for name in MAPS for shape, k in (((1, 2, 2, 2), 1), ((2, 4, 6, 3), 7), ((3, 8, 2, 16), 16))])
-def test_oracle(name, shape, k, record_property):
-    make, naive = (ORACLES | MAPS)[name]
-    torch.manual_seed(len(name))
-    quantizer = make(shape[-1], k).double().train()
-    before, p = copy.deepcopy(quantizer), {n: v.detach().clone().requires_grad_() for n, v in quantizer.named_parameters()}
-    z, g = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape, dtype=torch.float64)
-    torch.manual_seed(1); out = quantizer(z)
-    ((out.z_q * g).sum() + out.loss).backward()
-    leaf = z.detach().clone().requires_grad_()
-    torch.manual_seed(1); value, codes, loss = naive(before, leaf, p)
-    ((value * g).sum() + loss).backward()
-    assert torch.equal(out.codes, codes)
-    errors = {"value": (out.z_q - value).abs().max(), "loss": (out.loss - loss).abs(), "z": (z.grad - leaf.grad).abs().max()}
-    for n, v in quantizer.named_parameters():
-        ours, theirs = (torch.zeros_like(v) if t.grad is None else t.grad for t in (v, p[n]))
-        errors[n] = (ours - theirs).abs().max()
-    worst = max(errors, key=errors.get)
-    record_property("worst", f"{errors[worst].item():.1e} {worst}")
-    print(f"worst float64 error {errors[worst].item():.1e} ({worst})")
-    assert all(e < 1e-10 for e in errors.values()), errors
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5])
@@ -82,122 +27,6 @@ def test_the_encoder_gets_g_once_and_every_levels_commitment(levels, shared):
     grad, = torch.autograd.grad(out.loss, z)
     left = sum(z.detach() - quantizer.decode(out.codes[:, :m]) for m in range(1, levels + 1)) / levels
     assert (grad - 1.25 * 0.2 * 2 * left / z.numel()).abs().max() < 1e-12
-
-
-@names
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_decode_of_encode_is_the_forward_value(name, dtype):
-    torch.manual_seed(0)
-    quantizer, z = build(name).to(dtype), sample(name, dtype)
-    quantizer.train()(z)
-    out = quantizer.eval()(z)
-    assert out.z_q.dtype == dtype and out.z_q.shape == z.shape and out.codes.dtype == torch.int64
-    assert torch.equal(quantizer.encode(z), out.codes) and torch.equal(quantizer.decode(out.codes), out.z_q)
-    assert torch.equal(quantizer.train().encode(z), out.codes)
-
-
-@names
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_training_output_is_a_sum_of_codes(name, dtype):
-    if name in NOT_THE_SUM: pytest.skip("it shows the decoder something else in training")
-    torch.manual_seed(0)
-    quantizer, z = build(name).to(dtype), sample(name, dtype)
-    before = copy.deepcopy(quantizer)
-    out = quantizer.train()(z)
-    assert torch.equal(out.z_q, before.decode(out.codes))
-
-
-@names
-def test_evaluation_changes_nothing(name):
-    torch.manual_seed(0)
-    quantizer, z = build(name), sample(name)
-    quantizer.train()(z)
-    before, random = state(quantizer.eval()), torch.get_rng_state()
-    for _ in range(5): quantizer(z + 3), quantizer.encode(z)
-    quantizer.train().encode(z)
-    assert same(state(quantizer), before) and torch.equal(torch.get_rng_state(), random)
-
-
-@names
-def test_strict_reload_then_the_same_next_step(name):
-    torch.manual_seed(0)
-    first = build(name).train()
-    for _ in range(6): first(sample(name))
-    second = build(name).train()
-    second.load_state_dict(first.state_dict(), strict=True)
-    z, outs = sample(name), []
-    for quantizer in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), second, first):
-        torch.manual_seed(7)
-        leaf = z.clone().requires_grad_()
-        out = quantizer(leaf)
-        (out.z_q.sum() + out.loss).backward()
-        outs.append((out, leaf.grad, state(quantizer)))
-    for out, grad, after in outs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(out, outs[0][0])) and torch.equal(grad, outs[0][1]) and same(after, outs[0][2])
-
-
-@names
-def test_k_means_inside(name):
-    torch.manual_seed(0)
-    if " of " in name or name == "residual + shared + replace": pytest.skip("its parts are made of parts, or begin with the first level's data")
-    quantizer = KINDS[name][0](8, 16, make=partial(VectorQuantizer, init="kmeans")).train()
-    z = 100 + sample(name)
-    if name == "residual + dropout": quantizer.dropout = False
-    assert (quantizer(z).z_q - z).abs().max() < 10
-    fresh = KINDS[name][0](8, 16, make=partial(VectorQuantizer, init="kmeans"))
-    fresh.load_state_dict(quantizer.state_dict(), strict=True)
-    assert torch.equal(fresh.eval()(z).codes, quantizer.eval()(z).codes)
-
-
-@names
-def test_channel_dim_and_leading_shape(name):
-    torch.manual_seed(0)
-    flat, maps = build(name).eval(), build(name, channel_dim=1).eval()
-    maps.load_state_dict(flat.state_dict())
-    z = torch.randn(2, 8, 4, 6)
-    out, rows = maps(z), flat(z.movedim(1, -1))
-    assert torch.equal(out.codes, rows.codes) and torch.equal(out.z_q, rows.z_q.movedim(-1, 1)) and torch.equal(maps.decode(out.codes), out.z_q)
-    assert torch.equal(maps(z.contiguous(memory_format=torch.channels_last)).z_q, out.z_q)
-    if not KINDS[name][1]: assert flat(z[0, :, 0, 0]).codes.shape == flat.code_shape and flat(z[0, :, 0, 0]).z_q.shape == (8,)
-
-
-@names
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_decides_in_float32(name, dtype):
-    torch.manual_seed(0)
-    quantizer = build(name).train()
-    other, z = copy.deepcopy(quantizer), sample(name, dtype)
-    torch.manual_seed(1); plain = other(z.float())
-    leaf = z.clone().requires_grad_()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype): out = quantizer(leaf)
-    (out.z_q.float().sum() + out.loss).backward()
-    assert torch.equal(out.codes, plain.codes) and torch.equal(out.z_q, plain.z_q.to(dtype)) and out.loss.dtype == torch.float32
-    assert leaf.grad.isfinite().all() and same(state(quantizer), state(other))
-    with torch.autocast("cpu", dtype): decoded = quantizer.eval().decode(out.codes)
-    assert torch.equal(decoded, quantizer.decode(out.codes))
-
-
-@names
-def test_compiles_without_a_break(name):
-    torch._dynamo.reset()  # each quantizer counts its own recompilations
-    torch.manual_seed(0)
-    eager = build(name).train()
-    eager.anneal(0.5)
-    for m in eager.modules():
-        if isinstance(m, Replacement): m.life_span = 100  # a graph draws vectors at each step, eager only where a code is dead
-    compiled, z = copy.deepcopy(eager), sample(name)
-    def step(quantizer, z):
-        out = quantizer(z)
-        return (out.z_q ** 2).sum() + out.loss, out.codes
-    fast = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for i in range(3):
-        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-        torch.manual_seed(i); loss, codes = step(eager, a)
-        torch.manual_seed(i); other, their = fast(compiled, b)
-        loss.backward(), other.backward()
-        assert torch.equal(codes, their) and torch.allclose(loss, other) and torch.allclose(a.grad, b.grad, atol=1e-5)
-    assert all(torch.allclose(v, state(compiled)[k], atol=1e-6) for k, v in state(eager).items())
 
 
 def test_dropout_shows_each_picture_its_first_levels():
@@ -281,32 +110,6 @@ def test_multiscale_cells_stand_alone():
     two = MultiScaleQuantizer(8, 16, partial(ResidualQuantizer, levels=2)).eval()
     codes = two.encode(torch.randn(2, 4, 6, 8))
     assert codes.shape == (2, 2, 3, 5, 2) and torch.equal(join_scales(*split_scales(codes)), codes)
-
-
-@names
-@pytest.mark.parametrize("z,error,words", [
-    (torch.zeros(2, 4, 4, 7), ValueError, "z must have vectors of width 8, got shape"),
-    (torch.zeros(0, 4, 4, 8), ValueError, "at least one vector"),
-    (torch.full((2, 4, 4, 8), torch.nan), ValueError, "z must be finite"),
-    (torch.zeros(2, 4, 4, 8, dtype=torch.int64), TypeError, "floating dtype, got torch.int64"),
-    ([[0.0] * 8], TypeError, "torch.Tensor, got list"),
-])
-def test_bad_input_changes_nothing(name, z, error, words):
-    quantizer = build(name).train()
-    before = state(quantizer)
-    for call in (quantizer, quantizer.encode):
-        with pytest.raises(error, match=words): call(z)
-    assert same(state(quantizer), before)
-
-
-@names
-def test_bad_codes(name):
-    quantizer = build(name)
-    good = quantizer.encode(sample(name))
-    for codes, error, words in ((good + 16, ValueError, r"0\.\.15"), (good - 17, ValueError, r"0\.\.15"), (good.float(), TypeError, "float32"),
-                                ([1], TypeError, "list"), (torch.cat([good, good], -1), ValueError, "codes must end in"), (good[..., :0], ValueError, "codes must end in"),
-                                (torch.tensor(1), ValueError, "codes must end in")):
-        with pytest.raises(error, match=words): quantizer.decode(codes)
 
 
 class Other(Quantizer): pass

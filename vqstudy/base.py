@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
     codes: Tensor  # (...) int64
     loss: Tensor   # scalar, already weighted: add it to the task's loss
 
-# %% ../nbs/lib/02a_base.ipynb #09a5f665
+# %% ../nbs/lib/02a_base.ipynb #0da53446
 def whole(name: str, value: Any, least: int = 1) -> int:
     "The value, if it is an int of at least `least`; raises TypeError or ValueError that name it."
     if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} must be an int, got {value!r}")
@@ -61,7 +61,8 @@ class Quantizer(nn.Module):
             raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {codes.min()}..{codes.max()}")
         depth = len(self.code_shape)
         if codes.shape[codes.ndim - depth:] != self.code_shape: raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
-        return self._unflat(self.lookup(codes.reshape((-1, *self.code_shape))), codes.shape[:codes.ndim - depth])
+        with torch.autocast(codes.device.type, enabled=False): q = self.lookup(codes.reshape((-1, *self.code_shape)))
+        return self._unflat(q, codes.shape[:codes.ndim - depth])
 
     def prepare(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         "z as it is compared with the codebook."
@@ -79,7 +80,8 @@ class Quantizer(nn.Module):
             raise ValueError(f"z must have a dimension {self.channel_dim} (channel_dim), got shape {tuple(z.shape)}")
         last = z.movedim(self.channel_dim, -1) if isinstance(z, Tensor) else z
         check_vectors("z", last, self.dim, self.check_finite)
-        return last.reshape(-1, self.dim).to(torch.promote_types(z.dtype, torch.float32)), last.shape[:-1]
+        x = last.reshape(-1, self.dim).contiguous()  # or noise of x's strides would fall on other vectors under the same seed
+        return x.to(torch.promote_types(z.dtype, torch.float32)), last.shape[:-1]
 
     def _unflat(self, q, shape): return q.view((*shape, self.dim)).movedim(-1, self.channel_dim)
 

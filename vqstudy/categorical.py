@@ -48,9 +48,9 @@ def gumbel(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     "The logits with Gumbel noise added: their argmax is a draw from softmax(logits)."
     return logits - torch.empty_like(logits).exponential_().log()
 
-# %% ../nbs/lib/02c_categorical.ipynb #6d46a291
+# %% ../nbs/lib/02c_categorical.ipynb #43125414
 def reinmax(logits: Float[Tensor, "n k"], codes: Int64[Tensor, "n"], temperature: Float[Tensor, ""] | float = 1.0) -> Float[Tensor, "n k"]:
-    "Weights 2 pi_1 - p/2 of drawn codes, of which only the gradient is meant: ReinMax's (Liu et al. 2023, Algorithm 2); temperature at least 1 is advised."
+    "Weights 2 pi_1 - p/2 of drawn codes, of which only the gradient is meant: ReinMax's (Liu et al. 2023); temperature at least 1 is advised."
     middle = (logits / temperature).softmax(1).scatter_add(1, codes[:, None], torch.ones_like(logits[:, :1])).detach() / 2
     return 2 * (middle.log() + logits - logits.detach()).softmax(1) - logits.softmax(1) / 2
 
@@ -75,7 +75,7 @@ class Annealed(Quantizer):
         first, last = self.limits
         self.temperature.fill_(first * (last / first) ** progress)
 
-# %% ../nbs/lib/02c_categorical.ipynb #4a6659d7
+# %% ../nbs/lib/02c_categorical.ipynb #eb583911
 def _negentropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
     "sum_i p_i log p_i of each row."
     return (logits.softmax(1) * logits.log_softmax(1)).sum(1)
@@ -83,6 +83,7 @@ def _negentropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
 def _linear(x: Float[Tensor, "n d"], layer: nn.Linear) -> Float[Tensor, "n k"]:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
+# %% ../nbs/lib/02c_categorical.ipynb #40ee7dfa
 class GumbelQuantizer(Annealed):
     """Samples a code from softmax(W z + b) (Jang et al. 2017; with the KL term of Karpathy's and taming-transformers' GumbelQuantize).
 
@@ -114,7 +115,12 @@ class GumbelQuantizer(Annealed):
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, kl={self.kl}, hard={self.hard}, estimator={self.estimator}"
 
-# %% ../nbs/lib/02c_categorical.ipynb #182422d7
+# %% ../nbs/lib/02c_categorical.ipynb #8723621d
+def _square(x, variance, codebook):
+    "Features of x and keys of the codes, (n, 2d) and (k, 2d), whose product is -sum_d (x - c)_d^2 / (2 var_d) but for a constant of the row."
+    return torch.cat([x / variance, -0.5 / variance], 1), torch.cat([codebook, codebook.pow(2)], 1)
+
+# %% ../nbs/lib/02c_categorical.ipynb #a6fae7c4
 class SQQuantizer(Annealed):
     """SQ-VAE's Gaussian quantizer (Takida et al. 2022): code drawn from softmax(-sum_d (z - E)_d^2 / (2 var_d)), var = exp(v(z)) + exp(s).
 
@@ -139,14 +145,7 @@ class SQQuantizer(Annealed):
 
     def assign(self, x): return route(*_square(x, self.variance(x), self.codebook.to(x.dtype)))  # one variance for all codes decides nothing, so one picture will do
 
-    def quantize(self, x, batch):
-        codebook, variance = self.codebook.to(x.dtype), self.variance(x, batch)
-        logits = F.linear(*_square(x, variance, codebook))
-        noisy = gumbel(logits) if self.training else logits
-        codes, weights = noisy.argmax(1) if self.training else self.assign(x), (noisy / self.temperature).softmax(1)
-        z_q = weights @ codebook if self.training else sharp(weights @ codebook.detach(), codes, codebook)
-        loss = _negentropy(logits).sum() + ((x - z_q).pow(2) / (2 * variance)).sum()
-        return z_q, codes, self.weight / batch * loss
+    def quantize(self, x, batch): return _soft_pass(self, x, batch)
 
     def objective(self, mse: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
         "weight size/2 log(mse size): the decoder's variance at its best value (Takida et al. 2022)."
@@ -154,9 +153,15 @@ class SQQuantizer(Annealed):
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, variant={self.variant}, weight={self.weight}"
 
-def _square(x, variance, codebook):
-    "Features of x and keys of the codes, (n, 2d) and (k, 2d), whose product is -sum_d (x - c)_d^2 / (2 var_d) but for a constant of the row."
-    return torch.cat([x / variance, -0.5 / variance], 1), torch.cat([codebook, codebook.pow(2)], 1)
+# %% ../nbs/lib/02c_categorical.ipynb #eec57303
+def _soft_pass(self: SQQuantizer, x: Float[Tensor, "n d"], batch: int) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
+    codebook, variance = self.codebook.to(x.dtype), self.variance(x, batch)
+    logits = F.linear(*_square(x, variance, codebook))
+    noisy = gumbel(logits) if self.training else logits
+    codes, weights = noisy.argmax(1) if self.training else self.assign(x), (noisy / self.temperature).softmax(1)
+    z_q = weights @ codebook if self.training else sharp(weights @ codebook.detach(), codes, codebook)
+    loss = _negentropy(logits).sum() + ((x - z_q).pow(2) / (2 * variance)).sum()
+    return z_q, codes, self.weight / batch * loss
 
 # %% ../nbs/lib/02c_categorical.ipynb #cc7e6264
 def attend(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values: Float[Tensor, "k e"], bias: Float[Tensor, "k"] | None = None) -> Float[Tensor, "n e"]:
@@ -172,9 +177,9 @@ def _entropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
     mean = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # in logarithms, where a vanishing probability has a finite gradient
     return (mean.exp() * mean).sum() - _negentropy(logits).mean()
 
-# %% ../nbs/lib/02c_categorical.ipynb #897ad16d
+# %% ../nbs/lib/02c_categorical.ipynb #e092a4c3
 class RouterQuantizer(Quantizer):
-    """Takes the code of the largest logit z W^T (+ b) (top-1 router; IBQ of Shi et al. 2024 where tied); forward exactly E[code].
+    """Takes the code of the largest logit z W^T (+ b) (top-1 router; where tied with the gradient of IBQ, Shi et al. 2024); forward exactly E[code].
 
     tied: W is the codebook E. gate: gradient to z, W and b through the softmax mixture of all codes, "dense", or through the chosen probability,
     "switch". code_dim: width of the code vectors and of z_q, dim by default. bias: b, from 0. init: W drawn apart, "normal", or a "copy" of E;
@@ -213,17 +218,19 @@ class RouterQuantizer(Quantizer):
     def quantize(self, x, batch):
         codes, codebook = self.assign(x), self.codebook.to(x.dtype)
         z_q = q = F.embedding(codes, codebook)
-        if torch.is_grad_enabled(): z_q = self._gated(x, codes, codebook)
+        if torch.is_grad_enabled(): z_q = _gated(self, x, codes, codebook)
         loss = commitment(x, q, self.alpha, self.beta) if self.alpha else x.new_zeros(())
         if self.entropy: loss = loss + self.entropy * _entropy(F.linear(x, *self._router(x.dtype)) / self.entropy_temperature)
         return z_q, codes, loss
 
-    def _gated(self, x, codes, codebook):
-        keys, bias = self._router(x.dtype)
-        if self.gate == "dense": return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook)
-        log_p = -F.cross_entropy(F.linear(x, keys, bias), codes, reduction="none")[:, None]
-        return F.embedding(codes, codebook) * (log_p - log_p.detach()).exp()  # times exp(0), which is 1 to the last bit
-
     def _unflat(self, q, shape): return q.view(*shape, self.code_dim).movedim(-1, self.channel_dim)
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, tied={self.tied}, gate={self.gate}, code_dim={self.code_dim}, entropy={self.entropy}"
+
+# %% ../nbs/lib/02c_categorical.ipynb #fe328ec6
+def _gated(self: RouterQuantizer, x: Float[Tensor, "n d"], codes: Int64[Tensor, "n"], codebook: Float[Tensor, "k e"]) -> Float[Tensor, "n e"]:
+    "The chosen code vectors, with the gate's gradient."
+    keys, bias = self._router(x.dtype)
+    if self.gate == "dense": return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook)
+    log_p = -F.cross_entropy(F.linear(x, keys, bias), codes, reduction="none")[:, None]
+    return F.embedding(codes, codebook) * (log_p - log_p.detach()).exp()  # times exp(0), which is 1 to the last bit

@@ -213,7 +213,7 @@ class _Cells(_Composed):
         b, h, w = shape
         return super()._unflat(q.reshape(b, h, w, 2, 2, self.dim).transpose(2, 3).reshape(-1, self.dim), (b, 2 * h, 2 * w))
 
-# %% ../nbs/lib/02f_composed.ipynb #d13b8053
+# %% ../nbs/lib/02f_composed.ipynb #4af18b37
 class MultiScaleQuantizer(_Cells):
     """Two levels, one of half the height and width, as in VQ-VAE-2 (Razavi et al. 2019, Alg. 1); z is a map (b, h, w, dim), h and w even.
 
@@ -233,7 +233,7 @@ class MultiScaleQuantizer(_Cells):
 
     def lookup(self, codes):
         coarse, fine = (_wide(part.lookup(c.reshape(-1, *self.code_shape[1:]))) for part, c in zip(self.parts, (codes[:, 0], codes[:, 1:])))
-        with torch.autocast(codes.device.type, enabled=False): up = _linear(self.up, coarse)
+        up = _linear(self.up, coarse)
         return up + fine.reshape(up.shape)
 
     def _merged(self, x, up): return _linear(self.merge, torch.cat([x.reshape(-1, self.dim), up.reshape(-1, self.dim)], 1))

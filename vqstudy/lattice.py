@@ -28,7 +28,7 @@ def _one_by_one(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b
     for column, weight in zip(x.to(wide).unbind(1), layer.weight.to(wide).unbind(1)): out = out + column[:, None] * weight
     return out.to(x.dtype)
 
-# %% ../nbs/lib/02d_lattice.ipynb #8678eecd
+# %% ../nbs/lib/02d_lattice.ipynb #80701aff
 class Lattice(Quantizer):
     """Base of the quantizers whose codes are the points of a grid with `levels` values a coordinate.
 
@@ -63,12 +63,15 @@ class Lattice(Quantizer):
         q = self.points(codes)
         return q if self.project_out is None else _one_by_one(q, self.project_out)
 
-    def quantize(self, x, batch):
-        codes = self.assign(x)
-        q = self.points(codes).to(x.dtype)
-        z_q = estimate(x, q, self.rule)
-        if self.project_out is not None: z_q = estimate(_linear(z_q, self.project_out), self.lookup(codes).detach().to(x.dtype))
-        return z_q, codes, self.penalty(x, q)
+    def quantize(self, x, batch): return _quantize(self, x)
+
+# %% ../nbs/lib/02d_lattice.ipynb #c62a87cd
+def _quantize(self: Lattice, x: Float[Tensor, "n w"]) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
+    codes = self.assign(x)
+    q = self.points(codes).to(x.dtype)
+    z_q = estimate(x, q, self.rule)
+    if self.project_out is not None: z_q = estimate(_linear(z_q, self.project_out), self.lookup(codes).detach().to(x.dtype))
+    return z_q, codes, self.penalty(x, q)
 
 # %% ../nbs/lib/02d_lattice.ipynb #a9c15491
 _MOST = 16  # levels of one coordinate, where they are not given
@@ -150,9 +153,16 @@ def entropies(logits: Float[Tensor, "n w"], group: int = 18) -> tuple[Float[Tens
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
     return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
 
-# %% ../nbs/lib/02d_lattice.ipynb #644c1138
+# %% ../nbs/lib/02d_lattice.ipynb #28ec0d55
+def _signs(kind: str, num_codes: int) -> int:
+    "How many signs have num_codes patterns; raises ValueError, naming the nearest power of two."
+    width = whole("num_codes", num_codes).bit_length() - 1
+    if width < 1 or num_codes != 2**width: _refuse(kind, num_codes, "a power of two, at least 2", sorted({2 ** max(width, 1), 2 ** (width + 1)}))
+    return width
+
+# %% ../nbs/lib/02d_lattice.ipynb #00cb0951
 class LFQ(Lattice):
-    """Lookup-free quantization: the signs of the coordinates (Yu et al. 2023, MAGVIT-v2, Eq. 3-5). num_codes: a power of two.
+    """Lookup-free quantization: the signs of the coordinates (Yu et al. 2023, MAGVIT-v2). num_codes: a power of two.
 
     entropy: weight of mean entropy minus `diversity` times the entropy of the mean, at `temperature`, nats a vector; commitment: weight of the
     mean squared error between coordinates and signs. group: at most so many signs are taken jointly (1 to 24), see `entropies`. rule: the
@@ -162,8 +172,7 @@ class LFQ(Lattice):
 
     def __init__(self, dim: int, num_codes: int, entropy: float = 0.1, temperature: float = 0.01, diversity: float = 1.0, commitment: float = 0.25,
                  group: int = 18, rule: Rule = straight_through, channel_dim: int = -1, check_finite: bool | None = None):
-        width = whole("num_codes", num_codes).bit_length() - 1
-        if width < 1 or num_codes != 2**width: _refuse(type(self).__name__, num_codes, "a power of two, at least 2", sorted({2 ** max(width, 1), 2 ** (width + 1)}))
+        width = _signs(type(self).__name__, num_codes)
         for name, value in (("entropy", entropy), ("diversity", diversity), ("commitment", commitment)):
             if not value >= 0: raise ValueError(f"{name} must not be negative, got {value}")
         if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
@@ -185,11 +194,11 @@ class LFQ(Lattice):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, entropy={self.entropy}, temperature={self.temperature}, diversity={self.diversity}, commitment={self.commitment}, group={self.group}"
 
-# %% ../nbs/lib/02d_lattice.ipynb #6eb6e55d
+# %% ../nbs/lib/02d_lattice.ipynb #6970fd58
 class BSQ(LFQ):
     """Binary spherical quantization: LFQ of the direction of x, with code vectors on the unit sphere (Zhao et al. 2024).
 
-    Keywords as in LFQ, with the defaults of the released code: temperature 1 (tau = 2 / temperature), no commitment, groups of one sign.
+    Keywords as in LFQ, with the values of the released code: temperature 1 (tau = 2 / temperature), no commitment; groups of one sign (Eq. 8).
     """
     spherical = True
 

@@ -40,7 +40,7 @@ _OPTIONS = {
     "nsvq": _Option("in training, noise of the error's length stands in for it", lambda dim: {"perturb": noise_substitution, "alpha": 0.0}),
 }
 
-# %% ../nbs/lib/03_quantizers.ipynb #5e9110bc
+# %% ../nbs/lib/03_quantizers.ipynb #2bab1057
 _OPTIONS |= {
     "diveq": _Option("in training, the error's direction gets a little noise", lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0}, {"variance": 1e-3}),
     "alt": _Option("codebook and network learn in turn", lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
@@ -48,12 +48,17 @@ _OPTIONS |= {
     "tied": _Option("the router's matrix is the codebook", lambda dim: {"tied": True}),
     "switch": _Option("gradient through the chosen probability alone", lambda dim: {"gate": "switch"}),
     "reinmax": _Option("the second-order estimator", lambda dim: {"estimator": "reinmax"}),
+    "group": _Option("the width in equal groups, a codebook each", lambda dim, **k: k, {"groups": 2, "shared": False}),
+    "residual": _Option("levels, each of what the former left", lambda dim, **k: k, {"levels": 4, "shared": False, "dropout": False}),
+    "multiscale": _Option("two levels, one of half the height and width", lambda dim: {}),
 }
+_AROUND = {"group": GroupQuantizer, "residual": ResidualQuantizer, "multiscale": MultiScaleQuantizer}  # made of several of what the rest of the recipe names
 _EXCLUSIVE = [  # of each of these sets a recipe has at most one: rules of the same gradient, owners of the same codebook
     {"rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt"}, {"ema", "affine", "moving-affine"}, {"alt", "opt"},
-    *({a, b} for a in ("ema",) for b in ("sync", "alt", "opt", "nsvq", "diveq")), {"nsvq", "alt"}, {"diveq", "alt"}]
+    *({a, b} for a in ("ema",) for b in ("sync", "alt", "opt", "nsvq", "diveq")), {"nsvq", "alt"}, {"diveq", "alt"},
+    set(_AROUND), *({a, b} for a in _AROUND for b in ("alt", "opt")), *({a, b} for a in ("group", "multiscale") for b in ("exact", "hessian"))]
 
-# %% ../nbs/lib/03_quantizers.ipynb #1f5c168f
+# %% ../nbs/lib/03_quantizers.ipynb #40c54293
 @dataclass(frozen=True)
 class _Base:
     doc: str
@@ -61,7 +66,7 @@ class _Base:
     keywords: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
 
-_RULES, _OWN = _EXCLUSIVE[0], {"l2", "ema", "replace", "refit", "affine", "moving-affine", "alt"}
+_RULES, _OWN = _EXCLUSIVE[0] | set(_AROUND), {"l2", "ema", "replace", "refit", "affine", "moving-affine", "alt"}
 _TEMPERATURES, _ENTROPY = ("temperature", "final_temperature"), ("entropy", "temperature", "diversity", "commitment", "group")
 _BASES = {
     "none": _Base("no quantizer: z goes through", NoQuantizer),
@@ -69,16 +74,16 @@ _BASES = {
     "stochastic": _Base("codes drawn by distance, annealed", StochasticQuantizer, ("init", "alpha", "beta", *_TEMPERATURES), frozenset(_RULES | _OWN)),
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ, ("metric", "alpha", "beta"), frozenset(_RULES | {"l2", "alt"})),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ, ("init", "alpha", "beta", "epsilon", "iterations"), frozenset(_RULES | _OWN)),
-    "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer, ("kl", "hard", *_TEMPERATURES), frozenset({"reinmax"})),
+    "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer, ("kl", "hard", *_TEMPERATURES), frozenset({"reinmax", *_AROUND})),
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer, ("variant", "weight", *_TEMPERATURES)),
-    "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer, ("bias", "init_scale", "entropy", "entropy_temperature"), frozenset({"tied", "switch"})),
+    "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer, ("bias", "init_scale", "entropy", "entropy_temperature"), frozenset({"tied", "switch", *_AROUND})),
     "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), frozenset({"rotation"})),
     "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _ENTROPY, frozenset({"rotation"})),
     "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, _ENTROPY, frozenset({"rotation"})),
 }
 _COMMON = ("channel_dim", "check_finite")
 
-# %% ../nbs/lib/03_quantizers.ipynb #c382273b
+# %% ../nbs/lib/03_quantizers.ipynb #04d2a425
 def _parse(spec: str) -> tuple[str, list[str]]:
     "The base and the options of a recipe, checked."
     if not isinstance(spec, str): raise TypeError(f"a recipe is a text such as 'vq + ema', got {spec!r}")
@@ -102,23 +107,29 @@ def keywords(spec: str) -> tuple[str, ...]:
 def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
     """The quantizer that a recipe names, such as "vq + l2 + replace"; `recipes()` lists them, `keywords(spec)` what each can be tuned by.
 
-    Raises ValueError for unknown or contradictory options, and for a keyword that belongs to none of the recipe's parts. The options exact
-    and hessian need the decoder: `fit` attaches it, and a training step without it is a clear error.
+    With group, residual or multiscale, num_codes and every other option are those of each part. The options exact and hessian need the
+    decoder: `fit` attaches it, and a training step without it is a clear error. Raises ValueError for unknown or contradictory options, and
+    for a keyword that belongs to none of the recipe's parts.
     """
     base, options = _parse(spec)
     for name in given:
         if name in keywords(spec): continue
         owners = [option for option in _OPTIONS if name in _OPTIONS[option].keywords]
         raise ValueError(f"{name} " + (f"belongs to option {owners[0]!r}, which recipe {spec!r} has not" if owners else f"is no keyword of recipe {spec!r}; known: {', '.join(keywords(spec))}"))
-    built = {name: value for name, value in given.items() if name in _COMMON + _BASES[base].keywords}
-    for option in map(_OPTIONS.get, options):
-        built |= option.build(dim, **{name: given.get(name, value) for name, value in option.keywords.items()})
-    return _BASES[base].make(dim, num_codes, **built)
+    def chosen(names): return {name: given[name] for name in names if name in given}
+    def parts(option, width): return _OPTIONS[option].build(width, **_OPTIONS[option].keywords | chosen(_OPTIONS[option].keywords))
+    def make(width, num_codes, **common):  # the widths of maps and the like are those of a part
+        built = {name: value for option in options if option not in _AROUND for name, value in parts(option, width).items()}
+        return _BASES[base].make(width, num_codes, **built | chosen(_BASES[base].keywords), **common)
+    around = [option for option in options if option in _AROUND]
+    if not around: return make(dim, num_codes, **chosen(_COMMON))
+    return _AROUND[around[0]](dim, num_codes, make=make, **parts(around[0], dim), **chosen(_COMMON))
 
-# %% ../nbs/lib/03_quantizers.ipynb #65099c46
-_NAMED = ("none", "vq", "vq + l2", "vq + replace", "vq + l2 + replace", "vq + ema", "vq + ema + replace", "vq + rotation", "vq + rotation + ema", "vq + sync", "vq + reflection",
+# %% ../nbs/lib/03_quantizers.ipynb #bed01eb1
+_NAMED = ("none", "vq", "vq + l2", "vq + replace", "vq + l2 + replace", "vq + ema", "vq + ema + replace", "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync", "vq + reflection",
           "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt", "vq + affine + opt + replace", "vq + affine + opt + replace + l2", "vq + refit", "vq + exact",
-          "vq + hessian", "vq + nsvq", "vq + diveq", "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq", "router", "router + tied", "router + switch", "fsq", "lfq", "bsq")
+          "vq + hessian", "vq + nsvq", "vq + diveq", "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq", "router", "router + tied", "router + switch", "fsq", "lfq", "bsq",
+          "vq + group", "vq + residual", "vq + ema + residual", "vq + multiscale")
 
 def recipes() -> dict[str, str]:
     "The recipes that the study names, with one line each. Options combine freely, so there are more than these."

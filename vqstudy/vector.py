@@ -67,7 +67,7 @@ def after_batch(self: CodebookQuantizer, x: Float[Tensor, "n d"], codes: Int64[T
     if self.average is not None: self.average.update(self.book, x, codes)
     if self.alive is not None: self.alive.note(codes)
 
-# %% ../nbs/lib/02b_vector.ipynb #27eb161c
+# %% ../nbs/lib/02b_vector.ipynb #6307149b
 ASKING = {"exact": exact, "hessian": hessian}
 
 class _Asking:
@@ -81,10 +81,14 @@ class _Asking:
         self.loss_at = loss_at
 
     def forward(self, z: Float[Tensor, "..."]) -> Quantized:
-        if isinstance(self.rule, str) and self.training:
-            if self.loss_at is None: raise RuntimeError(f"rule {self.rule!r} needs the decoder: fit attaches it, or call attach(loss_at) before each training step")
-            self._seen = (z.movedim(self.channel_dim, -1).shape[:-1], z.dtype)
+        if isinstance(self.rule, str) and self.training and self.loss_at is None:
+            raise RuntimeError(f"rule {self.rule!r} needs the decoder: fit attaches it, or call attach(loss_at) before each training step")
         return super().forward(z)
+
+    def _flat(self, z):
+        x, shape = super()._flat(z)
+        if isinstance(self.rule, str): self._seen = (shape, z.dtype)
+        return x, shape
 
     def _rule(self) -> Rule:
         if not isinstance(self.rule, str): return self.rule
