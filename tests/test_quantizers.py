@@ -266,6 +266,14 @@ def test_a_codebook_begins_with_the_first_training_batch(spec, init):
     assert torch.equal(fresh.eval()(z).codes, quantizer.eval()(z).codes)
 
 
+@names
+def test_the_loss_is_the_same_without_gradients(name):
+    torch.manual_seed(0)
+    quantizer, z = build(name).eval(), sample(name)
+    with torch.no_grad(): quiet = quantizer(z)
+    assert torch.equal(quiet.loss, quantizer(z).loss) and torch.equal(quiet.z_q, quantizer(z).z_q)
+
+
 @pytest.mark.parametrize("commit_encoder", [True, False])
 def test_the_inner_step_of_alternation_is_the_codebooks_half_of_the_loss(commit_encoder):
     torch.manual_seed(0)

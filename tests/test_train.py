@@ -1,4 +1,5 @@
 """The loop: same seed same record, a run killed at any moment and resumed is the same run, faults that lose nothing."""
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from vqstudy.models import Autoencoder, reconstruction_loss
 from vqstudy.estimators import straight_through, synchronized
-from vqstudy.quantizers import StochasticQuantizer, VectorQuantizer, recipe
+from vqstudy.quantizers import StochasticQuantizer, VectorQuantizer, recipe, recipes
 from vqstudy.scores import reconstruction_scores
 from vqstudy.train import NonFiniteLoss, OutOfTime, Settings, fit, load_checkpoint, optimizers, reproducible, save_checkpoint, schedule
 
@@ -53,6 +54,16 @@ def test_resumed_is_the_same_run(whole, tmp_path, stops):
     step = load_checkpoint(path)["step"]
     assert step == stops or step == stops - stops % 8
     resumed = run(path)
+    assert resumed.history == whole.history
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("method", recipes())
+def test_every_recipe_trains_stops_and_resumes(method, tmp_path):
+    whole = run(method=method, epochs=2)
+    with pytest.raises(OutOfTime): run(tmp_path / "run.pt", method=method, epochs=2, deadline=time.time())  # after its first step
+    resumed = run(tmp_path / "run.pt", method=method, epochs=2)
+    assert len(whole.history) == 2 and all(math.isfinite(row["loss"]) and row["mse"] < 0.25 for row in whole.history)
     assert resumed.history == whole.history
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()))
 

@@ -97,8 +97,8 @@ class NoQuantizer(Quantizer):
     def assign(self, x): return torch.zeros(len(x), dtype=torch.int64, device=x.device)
     def lookup(self, codes): raise ValueError("codes of `none` hold nothing that could be decoded: it does not quantize")
 
-# %% ../nbs/lib/02a_base.ipynb #b357431e
-def commitment(z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], alpha: float = 1.25, beta: float = 0.8) -> Float[Tensor, ""]:
-    "alpha ((1 - beta) mse(z, sg q) + beta mse(sg z, q)) (Huh et al. 2023, Eq. 8-9); without its last term where q does not learn."
+# %% ../nbs/lib/02a_base.ipynb #f88ad9a1
+def commitment(z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], alpha: float = 1.25, beta: float = 0.8, learns: bool = True) -> Float[Tensor, ""]:
+    "alpha ((1 - beta) mse(z, sg q) + beta mse(sg z, q)) (Huh et al. 2023, Eq. 8-9); without its last term where q does not learn by it."
     loss = alpha * (1 - beta) * F.mse_loss(z, q.detach())
-    return loss + alpha * beta * F.mse_loss(q, z.detach()) if q.requires_grad else loss
+    return loss + alpha * beta * F.mse_loss(q, z.detach()) if learns else loss

@@ -16,13 +16,17 @@ from torch import Tensor
 # %% ../nbs/lib/01_estimators.ipynb #d17dce04
 Rule = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]], tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]
 
-# %% ../nbs/lib/01_estimators.ipynb #50c86188
+# %% ../nbs/lib/01_estimators.ipynb #158af3a3
 class _Estimate(torch.autograd.Function):
+    generate_vmap_rule = True  # torch.func.vmap goes through both passes
+
     @staticmethod
-    def forward(ctx, z, q, rule):
+    def forward(z, q, rule): return q.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, q, ctx.rule = inputs
         ctx.save_for_backward(z, q)
-        ctx.rule = rule
-        return q.clone()
 
     @staticmethod
     def backward(ctx, g):
@@ -83,7 +87,7 @@ def _half_way(e: Float[Tensor, "n d"], u: Float[Tensor, "n d"]) -> Float[Tensor,
     w = torch.where(w.norm(dim=1, keepdim=True) > 16 * torch.finfo(e.dtype).eps, w, across)
     return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(e.dtype).tiny)
 
-# %% ../nbs/lib/01_estimators.ipynb #95292bba
+# %% ../nbs/lib/01_estimators.ipynb #c68cb35c
 def _gamma(scale: str, z, q) -> Float[Tensor, "n 1"]:
     "The factor before the turned gradient, at most 1e6."
     if scale == "unit": return torch.ones_like(z[:, :1])
@@ -95,7 +99,7 @@ def _check_scale(scale: str) -> None:
     if scale not in ("norm", "unit", "distance"): raise ValueError(f"scale must be 'norm', 'unit' or 'distance', got {scale!r}")
 
 def rotation(scale: str = "norm", project: bool = False) -> Rule:
-    """Rule: gamma R^T g to z, R the rotation that takes z's direction to q's (Fifty et al. 2024, Eq. 4 and A.9).
+    """Rule: gamma R^T g to z, R the rotation that takes z's direction to q's (Fifty et al. 2024, section 4.2 and A.9).
 
     scale "norm" (the paper's): gamma = |q|/|z|; "unit": 1; "distance": 1/(8|q-z|^2); never above 1e6. `project` also removes the part
     along z, as the released VQGAN code does. z = 0 or q = 0: straight-through; q = -z: a half turn. Raises ValueError for another scale.
@@ -111,11 +115,11 @@ def _rotation(z, q, g, scale, project):
     if project: turned = turned - e * (e * turned).sum(1, keepdim=True)
     return torch.where(there, _gamma(scale, z, q) * turned, g), _nothing(g)
 
-# %% ../nbs/lib/01_estimators.ipynb #3b330b96
+# %% ../nbs/lib/01_estimators.ipynb #4168e282
 def reflection(scale: str = "norm") -> Rule:
     """Rule: gamma (I - 2rr^T) g to z, the mirror that takes z's direction to q's (Fifty et al. 2024, A.8); scale as in `rotation`.
 
-    q parallel to z, z = 0 or q = 0: the identity in place of the mirror (the factor stays where both are there).
+    q pointing as z does, z = 0 or q = 0: the identity in place of the mirror (the factor stays where both are there).
     """
     _check_scale(scale)
     return partial(_reflection, scale=scale)
@@ -127,11 +131,11 @@ def _reflection(z, q, g, scale):
     r = torch.where(length > 16 * torch.finfo(r.dtype).eps, r / length.clamp_min(torch.finfo(r.dtype).tiny), torch.zeros_like(r))
     return torch.where(there, _gamma(scale, z, q) * (g - 2 * r * (r * g).sum(1, keepdim=True)), g), _nothing(g)
 
-# %% ../nbs/lib/01_estimators.ipynb #fe95fb6e
+# %% ../nbs/lib/01_estimators.ipynb #71631de4
 LossAt = Callable[[Float[Tensor, "n d"]], Float[Tensor, ""]]
 
 def exact(loss_at: LossAt) -> Rule:
-    "Rule: the gradient of `loss_at` at z, to z (Fifty et al. 2024, Table 1: exact gradients); `loss_at` is the task's loss of the vectors (n, d)."
+    "Rule: the gradient of `loss_at` at z, to z (Fifty et al. 2024, section 3: exact gradients); `loss_at` is the task's loss of the vectors (n, d)."
     return partial(_exact, loss_at=loss_at)
 
 def _exact(z, q, g, loss_at):
@@ -140,7 +144,7 @@ def _exact(z, q, g, loss_at):
         return torch.autograd.grad(loss_at(leaf), leaf)[0], _nothing(g)
 
 def hessian(loss_at: LossAt) -> Rule:
-    "Rule: g + H (z - q) to z, H the Hessian of `loss_at` at q (Fifty et al. 2024, Table 1); one Hessian-vector product, no matrix."
+    "Rule: g + H (z - q) to z, H the Hessian of `loss_at` at q (Fifty et al. 2024, section 3); one Hessian-vector product, no matrix."
     return partial(_hessian, loss_at=loss_at)
 
 def _hessian(z, q, g, loss_at):
@@ -151,7 +155,7 @@ def _hessian(z, q, g, loss_at):
         else: slope = None  # a loss without curvature
     return g if slope is None else g + slope, _nothing(g)
 
-# %% ../nbs/lib/01_estimators.ipynb #52143f7d
+# %% ../nbs/lib/01_estimators.ipynb #8fe832f0
 Perturbation = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 def _towards(z, q, v):
@@ -166,7 +170,7 @@ def noise_substitution(z, q):
     return _towards(z, q, torch.randn_like(z))
 
 def directional_noise(variance: float = 1e-3) -> Perturbation:
-    "Perturbation: z moved by |q - z| in the direction of q - z plus noise of that variance (Vali et al. 2026, DiVeQ)."
+    "Perturbation: z moved by |q - z| in the direction of q - z plus noise of that variance (Vali et al. 2026, DiVeQ; their code takes its 1e-3 as the deviation)."
     if not variance >= 0: raise ValueError(f"variance must not be negative, got {variance}")
     return partial(_directional_noise, variance=variance)
 

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['code_counts', 'usage', 'perplexity', 'Meter']
 
-# %% ../nbs/lib/04_measure.ipynb #3658f8b2
+# %% ../nbs/lib/04_measure.ipynb #29c85475
+import math
+from statistics import fmean
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-# %% ../nbs/lib/04_measure.ipynb #d9088063
+# %% ../nbs/lib/04_measure.ipynb #2d838282
 def code_counts(codes: Int64[Tensor, "..."], num_codes: int) -> Int64[Tensor, "k"]:
-    "How often each of the `num_codes` codes occurs; counts of batches add up."
+    "How often each of the `num_codes` codes occurs; counts of batches add up. Raises ValueError for codes out of range."
+    if codes.numel() and (codes.min() < 0 or codes.max() >= num_codes): raise ValueError(f"codes must lie in 0..{num_codes - 1}, got {codes.min()}..{codes.max()}")
     return torch.bincount(codes.reshape(-1), minlength=num_codes)
 
 def _checked(counts: Shaped[Tensor, "k"]) -> Float[Tensor, "k"]:
@@ -22,36 +25,45 @@ def _checked(counts: Shaped[Tensor, "k"]) -> Float[Tensor, "k"]:
     if not counts.isfinite().all() or (counts < 0).any() or counts.sum() <= 0: raise ValueError("counts must be finite, not negative, and not all zero")
     return counts
 
-# %% ../nbs/lib/04_measure.ipynb #698ac423
+# %% ../nbs/lib/04_measure.ipynb #73cf2ecc
 def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, between 1/k and 1. Raises ValueError for counts that are no counts."
     return float((_checked(counts) > 0).double().mean())
 
 def perplexity(counts: Shaped[Tensor, "k"]) -> float:
     "exp of the entropy of the summed counts, between 1 and k. Raises ValueError for counts that are no counts."
+    return float(_entropy(counts).exp())
+
+def _entropy(counts: Shaped[Tensor, "k"]) -> Float[Tensor, ""]:
     counts = _checked(counts)
     p = counts / counts.sum()
-    return float(torch.exp(-torch.xlogy(p, p).sum()))
+    return -torch.xlogy(p, p).sum()
 
-# %% ../nbs/lib/04_measure.ipynb #1f3fa199
+# %% ../nbs/lib/04_measure.ipynb #e086754a
 class Meter:
-    "Sums over batches of vectors z, their quantized q and codes; `compute()` gives the measures."
-    def __init__(self, num_codes: int):
-        self.num_codes, self.n = num_codes, 0
+    """Sums over batches of vectors z, their quantized q and codes; `compute()` gives the measures.
+
+    code_shape: of one vector's codes, as a quantizer has it: () for one code, (levels,) for several; `counts` is (positions, num_codes).
+    """
+    def __init__(self, num_codes: int, code_shape: tuple[int, ...] = ()):
+        self.num_codes, self.code_shape, self.n = num_codes, tuple(code_shape), 0
         self.counts = self.error = self.total = self.square = 0
 
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> None:
-        "Add a batch."
+    def update(self, z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], codes: Int64[Tensor, "..."]) -> None:
+        "Add a batch; codes are (..., *code_shape). Raises ValueError for another shape or codes out of range."
+        if codes.shape[codes.ndim - len(self.code_shape):] != self.code_shape: raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
+        counts = torch.stack([code_counts(c, self.num_codes) for c in codes.reshape(-1, math.prod(self.code_shape)).unbind(1)])
         z, q = z.double(), q.double()
         self.n += len(z)
-        self.counts = self.counts + code_counts(codes, self.num_codes)
+        self.counts = self.counts + counts
         self.error = self.error + (z - q).pow(2).sum()
         self.total, self.square = self.total + z.sum(0), self.square + z.pow(2).sum()
 
     def compute(self) -> dict[str, float]:
-        "usage, perplexity, quantization_error (mean square over elements), relative_error (over the trace of z's covariance)."
+        "usage, perplexity (means over positions, arithmetic and geometric), quantization_error (mean square over elements), relative_error (over the trace of z's covariance)."
         if self.n == 0: raise ValueError("nothing to compute: update() was never called")
         spread = self.square - self.total.pow(2).sum() / self.n
-        return {"usage": usage(self.counts), "perplexity": perplexity(self.counts), "quantization_error": float(self.error / self.n / len(self.total)),
+        entropy = torch.stack([_entropy(counts) for counts in self.counts])
+        return {"usage": fmean(map(usage, self.counts)), "perplexity": float(entropy.mean().exp()), "quantization_error": float(self.error / self.n / len(self.total)),
                 "relative_error": float(self.error / spread) if spread > 0 else float("nan")}

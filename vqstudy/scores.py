@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from .measure import Meter
 
-# %% ../nbs/lib/09_scores.ipynb #0f5a9ad5
+# %% ../nbs/lib/09_scores.ipynb #de6811d0
 def as_float(x: UInt8[Tensor, "b 3 h w"], device: torch.device | str | None = None) -> Float[Tensor, "b 3 h w"]:
     "Bytes to 0..1, on the device."
     return x.to(device).float() / 255
@@ -29,14 +29,14 @@ def reconstruction_scores(model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_s
     from torchmetrics.functional.image import structural_similarity_index_measure
     if len(x) == 0: raise ValueError("x must hold at least one picture, got none")
     quantizer, training = model.quantizer, model.training
-    meter, sums = Meter(quantizer.num_codes), torch.zeros(3, dtype=torch.float64, device=device_of(model))
+    meter, sums = Meter(quantizer.num_codes, quantizer.code_shape), torch.zeros(3, dtype=torch.float64, device=device_of(model))
     model.eval()
     for batch in x.split(batch_size):
         picture = as_float(batch, device_of(model))
         out = model(picture)
         z, q = (t.movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim) for t in (out.z, out.quantized.z_q))
         compared = quantizer.prepare(z)  # normalised, say; a lattice compares at another width, and is then measured at z's own
-        meter.update(compared if compared.shape == q.shape else z, q, out.quantized.codes.reshape(-1))
+        meter.update(compared if compared.shape == q.shape else z, q, out.quantized.codes)
         error = (out.x.double() - picture.double()).pow(2).mean((1, 2, 3))
         ssim = structural_similarity_index_measure(out.x.float(), picture, data_range=1.0, reduction="none")
         sums += torch.stack([error.sum(), -10 * error.log10().sum(), ssim.double().sum()])

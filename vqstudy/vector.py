@@ -132,7 +132,7 @@ class VectorQuantizer(_Asking, CodebookQuantizer):
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, metric={self.metric}, alpha={self.alpha}, beta={self.beta}"
 
-# %% ../nbs/lib/02b_vector.ipynb #043a3651
+# %% ../nbs/lib/02b_vector.ipynb #3c384716
 def _quantize(self: VectorQuantizer, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
     if self.training: before_batch(self, x.detach())
     codebook = self.codebook.to(x.dtype)
@@ -142,8 +142,7 @@ def _quantize(self: VectorQuantizer, x: Float[Tensor, "n d"]) -> tuple[Float[Ten
         codebook = self.codebook.to(x.dtype)  # the codes stay; where they are has changed
     q = F.embedding(codes, codebook)
     z_q = self.perturb(x, q) if self.perturb is not None and self.training else estimate(x, q, self._rule())
-    if not self.alternate: loss = commitment(x, q, self.alpha, self.beta)
-    else: loss = commitment(x, q.detach(), self.alpha, self.beta if self.commit_encoder else 1.0)
+    loss = commitment(x, q, self.alpha, self.beta if self.commit_encoder or not self.alternate else 1.0, learns=self.average is None and not self.alternate)
     if self.training: after_batch(self, x.detach(), codes)
     return z_q, codes, loss
 
