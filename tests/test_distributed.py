@@ -1,30 +1,242 @@
 """Several processes: statistics and every shared random choice agree across ranks, and equal those of one process on the joined batch."""
 import time
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
+from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
-from vqstudy.ranks import total
-from vqstudy.vector import VectorQuantizer
+from vqstudy.lattice import BSQ, FSQ, LFQ
+from vqstudy.quantizers import keywords, recipe, recipes
+from vqstudy.ranks import from_first, total
+from vqstudy.transport import OptVQ
+from vqstudy.vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
-UNEVEN = {2: [5, 3], 3: [2, 5, 1]}  # pictures of each rank
+SIZES = {  # vectors of each rank, anew at each step
+    2: [[9, 1], [1, 12], [1, 1], [5, 5], [3, 4], [17, 2]],
+    3: [[2, 20, 1], [7, 1, 1], [1, 1, 1], [3, 3, 3], [4, 9, 2], [1, 1, 15]]}
+PICTURES = {2: [[5, 3], [1, 7], [7, 1]], 3: [[2, 5, 1], [1, 1, 6], [3, 3, 2]]}
 
 
-def add_up(rank): return total(torch.tensor([rank, 1])), torch.get_num_threads(), dist.get_world_size()
+def learned_affine(dim, num_codes, **options):
+    "With a map that has learned something."
+    quantizer = VectorQuantizer(dim, num_codes, map=Affine(dim, groups=2), **options)
+    with torch.no_grad():
+        quantizer.book.map.scale.copy_(torch.linspace(-.5, .5, 2 * dim).view(2, dim))
+        quantizer.book.map.shift.copy_(torch.linspace(1, -1, 2 * dim).view(2, dim))
+    return quantizer
+
+
+def moving_affine(dim, num_codes, of="codebook", **options): return VectorQuantizer(dim, num_codes, map=MovingAffine(dim, of=of), **options)
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: object             # (dim, num_codes) -> quantizer
+    without: str = ""        # the case without the upkeep that this one is about: its table must come out different
+    data: str = "vectors"
+    codes: int = 8
+    options: dict = field(default_factory=dict)
+
+    def build(self): return self.kind(4, self.codes, **self.options)
+
+
+def case(kind, without="", data="vectors", codes=8, **options): return Case(kind, without, data, codes, options)
+
+
+KEPT = partial(VectorQuantizer, decay=0.9, life_span=2)
+CASES = {
+    "plain": case(VectorQuantizer),
+    "kmeans": case(VectorQuantizer, "plain", init="kmeans"),
+    "kmeans, few samples": case(VectorQuantizer, init="kmeans", codes=64),
+    "sample": case(VectorQuantizer, "plain", init="sample"),
+    "kmeans + affine": case(learned_affine, "affine", init="kmeans"),
+    "kmeans + l2 + ema": case(VectorQuantizer, "l2 + ema", init="kmeans", l2=True, decay=0.9),
+    "orthogonal": case(VectorQuantizer, init="orthogonal"),
+    "replace": case(VectorQuantizer, "plain", life_span=2),
+    "replace, every code chosen by some rank": case(VectorQuantizer, data="covered", life_span=1),
+    "replace, no code dead for one rank": case(VectorQuantizer, "plain", data="one covers", life_span=1),
+    "affine": case(learned_affine),
+    "affine + replace": case(learned_affine, "affine", life_span=2),
+    "moving-affine": case(moving_affine),
+    "moving-affine + replace": case(moving_affine, "moving-affine", life_span=2),
+    "moving-affine of chosen": case(moving_affine, of="chosen"),
+    "moving-affine of chosen + replace": case(moving_affine, "moving-affine of chosen", of="chosen", life_span=2),
+    "ema": case(VectorQuantizer, "plain", decay=0.9),
+    "ema + replace": case(VectorQuantizer, "ema", decay=0.9, life_span=2),
+    "ema + sample + replace": case(VectorQuantizer, "ema + replace", init="sample", decay=0.9, life_span=2),
+    "l2 + ema": case(VectorQuantizer, "plain", l2=True, decay=0.9),
+    "l2 + ema + replace": case(VectorQuantizer, "l2 + ema", l2=True, decay=0.9, life_span=2),
+    "refit": case(VectorQuantizer, "plain", refit=2),
+    "refit + ema": case(VectorQuantizer, "ema", refit=2, decay=0.9),
+    "refit + affine + replace": case(learned_affine, "affine + replace", refit=3, life_span=2),
+    "channels": case(VectorQuantizer, "", "channels", init="kmeans", decay=0.9, life_span=1, channel_dim=1),
+    "simvq": case(SimVQ),
+    "optvq": case(OptVQ),
+    "optvq + ema + replace": case(OptVQ, "optvq", decay=0.9, life_span=2),
+    "group": case(GroupQuantizer, make=KEPT),
+    "group + shared": case(GroupQuantizer, shared=True, make=KEPT),
+    "residual": case(ResidualQuantizer, levels=3, make=KEPT),
+    "residual + shared": case(ResidualQuantizer, levels=3, shared=True, make=KEPT),
+    "multiscale": case(MultiScaleQuantizer, data="maps", make=KEPT),
+    "fsq": case(FSQ, codes=5**4, levels=[5] * 4),
+    "lfq": case(LFQ, codes=16),
+    "lfq in groups": case(LFQ, codes=16, group=2, temperature=1.0),
+    "bsq": case(BSQ, codes=16),
+    **{spec: case(partial(recipe, spec)) for spec in ("gumbel", "sq", "router", "router + tied")},
+}
+NOISY = {"gumbel", "sq"}  # noise of each vector is a rank's own: here only their start is compared
+LOOSE = {  # with noise of each vector inside: no one process does the same, but the ranks still agree
+    "stochastic": case(StochasticQuantizer, init="kmeans", decay=0.9, life_span=1),
+    "residual + dropout": case(ResidualQuantizer, levels=3, dropout=True, make=KEPT),
+}
+COMPARED = [name for name in CASES if name not in NOISY]
+
+
+def batches(world):
+    "Of each kind of data a list of steps, each the parts of the ranks."
+    torch.manual_seed(1)
+    drawn = partial(torch.randn, dtype=torch.float64)
+    drift = [share(drawn(sum(step), 4) + .7 * i, step) for i, step in enumerate(SIZES[world])]
+    maps = [share(drawn(8, 4, 2, 4), step) for step in PICTURES[world]]
+    torch.manual_seed(0)
+    own = VectorQuantizer(4, 8).double().codebook.detach()
+    return {"vectors": drift, "maps": maps, "channels": [[part.movedim(3, 1).contiguous() for part in step] for step in maps],
+            "covered": [share(own.roll(i, 0), [8 - world + 1] + [1] * (world - 1)) for i in range(4)],
+            "one covers": [[own[:1 + i % 2]] * (world - 1) + [own if i < 2 else own[:4]] for i in range(4)]}
+
+
+def steps(rank, case, data):
+    "Training steps on this rank's parts (None: on all of each batch, in one process): the start, the last step's outputs, its gradients, and the state after it."
+    torch.manual_seed(rank * 100 if rank else 0)  # only the first rank has the seed of the one process
+    quantizer = case.build().double().train()
+    start = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    for parts in data[case.data]: z = (torch.cat(parts) if rank is None else parts[rank].clone()).requires_grad_(); out = quantizer(z)
+    (out.loss + out.z_q.pow(2).mean()).backward()
+    return {"start": start, "z_q": out.z_q.detach(), "codes": out.codes, "loss": out.loss.detach(), "z.grad": z.grad, "state": quantizer.state_dict(), "random": torch.get_rng_state(),
+            "grads": {name: p.grad for name, p in quantizer.named_parameters() if p.grad is not None}}
+
+
+def refuse(*_, **__): raise AssertionError("a collective was called")
+
+
+def without_collectives(patch):
+    for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce", "gather", "scatter", "barrier"): patch.setattr(dist, name, refuse)
+
+
+def evaluations(rank, cases, data):
+    "In evaluation a rank may be alone with its batch: it asks the others for nothing."
+    for case in cases:
+        quantizer = case.build().double().eval()
+        with pytest.MonkeyPatch.context() as patch:
+            without_collectives(patch)
+            z = data[case.data][0][rank]
+            quantizer.decode(quantizer(z).codes), quantizer.train().encode(z)
+
+
+def everything(rank, data):
+    "One start of the processes for all tests."
+    evaluations(rank, [case for name, case in CASES.items() if name not in ("lfq", "lfq in groups", "bsq")], data)  # these sum their entropy over ranks in evaluation too
+    return {"total": total(torch.tensor([rank, 1])), "threads": torch.get_num_threads(), **{name: steps(rank, case, data) for name, case in (CASES | LOOSE).items()}}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request, tmp_path_factory):
+    "What each rank made of its parts of the batches, and a function that gives what one process makes of the joined ones."
+    data, threads = batches(request.param), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield in_processes(request.param, tmp_path_factory.mktemp("run"), everything, data, timeout=120), cache(lambda name: steps(None, CASES[name], data))
+    torch.set_num_threads(threads)
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+def close(a, b): return a.keys() == b.keys() and all(torch.allclose(value, b[key], rtol=1e-12, atol=1e-12) for key, value in a.items())
+
+
+def test_every_process_answers(run):
+    outs, _ = run
+    for out in outs: assert out["total"].tolist() == [sum(range(len(outs))), len(outs)] and out["threads"] == 1
+
+
+@pytest.mark.parametrize("name", CASES | LOOSE)
+def test_ranks_agree(name, run):
+    first, *others = [out[name] for out in run[0]]
+    for other in others: assert equal(other["start"], first["start"]) and equal(other["state"], first["state"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_start_as_one_process_does(name, run):
+    assert equal(run[0][0][name]["start"], run[1](name)["start"])
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_ranks_make_what_one_process_makes(name, run):
+    outs, one = [out[name] for out in run[0]], run[1](name)
+    for key in ("z_q", "codes"): assert torch.allclose(torch.cat([out[key] for out in outs]), one[key], rtol=0, atol=1e-12), key
+    for out in outs: assert close(out["state"], one["state"])
+    assert torch.equal(outs[0]["random"], one["random"])  # the next draw will be the same, too
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_losses_and_gradients_are_parts_of_those_of_one_process(name, run):
+    outs, one = [out[name] for out in run[0]], run[1](name)
+    shares = [len(out["z_q"]) / len(one["z_q"]) for out in outs]
+    joined = lambda values: sum(share * value for share, value in zip(shares, values))
+    assert torch.allclose(joined(out["loss"] for out in outs), one["loss"], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(torch.cat([share * out["z.grad"] for share, out in zip(shares, outs)]), one["z.grad"], rtol=1e-11, atol=1e-12)
+    assert close({key: joined(out["grads"][key] for out in outs) for key in outs[0]["grads"]}, one["grads"])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.without])
+def test_the_upkeep_acts(name, run):
+    tables = [next(value for key, value in run[1](n)["state"].items() if key.endswith("weight")) for n in (name, CASES[name].without)]
+    assert (tables[0] - tables[1]).abs().amax(1).gt(1e-3).any()
+
+
+def test_a_code_is_dead_where_no_rank_chooses_it(run):
+    outs, one = run
+    kept, died = "replace, every code chosen by some rank", "replace, no code dead for one rank"
+    for out in outs:
+        assert torch.equal(out[kept]["state"]["book.weight"], out[kept]["start"]["book.weight"]) and not out[kept]["state"]["alive.idle"].any()
+        assert torch.equal(out[died]["state"]["book.weight"][:4], out[died]["start"]["book.weight"][:4])
+        assert not torch.equal(out[died]["state"]["book.weight"][4:], out[died]["start"]["book.weight"][4:])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))])
+def test_one_process_alone_calls_no_collective(spec, monkeypatch):
+    without_collectives(monkeypatch)
+    wanted = {"life_span": 1, "refit": 1, "init": "kmeans", "entropy": 1.0}
+    quantizer = recipe(spec, 4, 16, **{name: value for name, value in wanted.items() if name in keywords(spec)}).train()
+    for _ in range(2): out = quantizer(torch.randn(2, 2, 2, 4, requires_grad=True)); (out.loss + out.z_q.sum()).backward()
+    quantizer.eval()(torch.randn(2, 2, 2, 4))
+
+
+@pytest.mark.parametrize("name", CASES | LOOSE)
+def test_one_process_alone_calls_no_collective_in_any_case(name, monkeypatch):
+    without_collectives(monkeypatch)
+    steps(None, (CASES | LOOSE)[name], batches(2))
+
+
+@pytest.mark.parametrize("backends,sent", [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")])
+def test_a_model_built_on_the_cpu_can_be_sent_by_a_backend_of_the_gpu(backends, sent, monkeypatch):
+    devices = []
+    for name, stand_in in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_backend_config": lambda: backends,
+                           "broadcast": lambda x, source: devices.append(x.device.type)}.items(): monkeypatch.setattr(dist, name, stand_in)
+    with FakeTensorMode(): x = torch.zeros(3); out = from_first(x)  # shapes and devices alone: no GPU is needed
+    assert out is x and devices == [sent] and x.device.type == "cpu"
+
+
 def raise_on_one(rank):
     if rank == 1: raise KeyError("the second process fails")
     dist.barrier()
+
+
 def hang_on_one(rank):
     if rank == 1: time.sleep(600)
     dist.barrier()
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_every_process_answers(world, tmp_path):
-    for sum_, threads, size in in_processes(world, tmp_path, add_up):
-        assert sum_.tolist() == [sum(range(world)), world] and threads == 1 and size == world
 
 
 def test_a_failure_is_told(tmp_path):
@@ -39,55 +251,3 @@ def test_share_refuses_an_empty_part():
     assert [len(part) for part in share(torch.zeros(8, 2), [5, 3])] == [5, 3]
     for sizes in ([4, 0], [8, 0], [3, 3]):
         with pytest.raises(ValueError, match="add up to"): share(torch.zeros(4 if sum(sizes) == 4 else 8, 2), sizes)
-
-
-BUILD = {
-    "vq": VectorQuantizer,
-    "vq + ema": partial(VectorQuantizer, decay=0.9),
-    "group + ema": partial(GroupQuantizer, make=partial(VectorQuantizer, decay=0.9)),
-    "residual + ema": partial(ResidualQuantizer, levels=3, make=partial(VectorQuantizer, decay=0.9)),
-    "residual + shared + ema": partial(ResidualQuantizer, levels=3, shared=True, make=partial(VectorQuantizer, decay=0.9)),
-    "multiscale + ema": partial(MultiScaleQuantizer, make=partial(VectorQuantizer, decay=0.9)),
-}
-
-
-def steps(rank, name, batches):
-    "Training steps on this rank's parts (None: on all of each batch, in one process); outputs of the last step, and the state after it."
-    torch.manual_seed(0)
-    quantizer = BUILD[name](4, 8).double().train()
-    for parts in batches: out = quantizer(torch.cat(parts) if rank is None else parts[rank])
-    return out.z_q.detach(), out.codes, quantizer.state_dict()
-
-
-def all_steps(rank, batches): return {name: steps(rank, name, batches) for name in BUILD}
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def run(request, tmp_path_factory):
-    "Batches, and what each rank made of its parts of them: one start of the processes for all quantizers."
-    torch.manual_seed(1)
-    batches = [share(torch.randn(8, 4, 2, 4, dtype=torch.float64), UNEVEN[request.param]) for _ in range(3)]
-    return batches, in_processes(request.param, tmp_path_factory.mktemp("run"), all_steps, batches)
-
-
-@pytest.mark.parametrize("name", BUILD)
-def test_ranks_agree_with_one_process(name, run):
-    batches, outs = run
-    q, codes, state = steps(None, name, batches)
-    assert torch.equal(torch.cat([out[name][1] for out in outs]), codes) and torch.allclose(torch.cat([out[name][0] for out in outs]), q, atol=1e-12)
-    for out in outs:
-        for key, value in state.items(): assert torch.equal(out[name][2][key], outs[0][name][2][key]) and torch.allclose(out[name][2][key], value, atol=1e-12)
-
-
-def random_steps(rank, parts):
-    "Replacement and dropout inside: random choices that change shared state, and one that does not."
-    torch.manual_seed(100 + rank)
-    quantizer = ResidualQuantizer(4, 8, 3, partial(VectorQuantizer, decay=0.9, life_span=2), dropout=True).train()
-    for _ in range(8): quantizer(parts[rank])
-    return quantizer.state_dict()
-
-
-def test_replacement_inside_is_the_same_on_every_rank(tmp_path):
-    torch.manual_seed(1)
-    first, *others = in_processes(2, tmp_path, random_steps, share(20 + torch.randn(8, 4, 2, 4), [5, 3]))
-    for state in others: assert all(torch.equal(v, first[k]) for k, v in state.items())

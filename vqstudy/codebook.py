@@ -6,14 +6,29 @@
 __all__ = ['INITS', 'FROM_DATA', 'normal', 'uniform', 'kaiming', 'orthogonal', 'kmeans', 'Affine', 'MovingAffine', 'LinearMap',
            'sample', 'Codebook', 'MovingAverage', 'Replacement']
 
-# %% ../nbs/lib/02_codebook.ipynb #7c1d520c
+# %% ../nbs/lib/02_codebook.ipynb #331abfb2
 import math
+from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from .ranks import draw, from_first, joined, total
+from .ranks import draw, from_first, total
 from .search import check_vectors, nearest
+
+# %% ../nbs/lib/02_codebook.ipynb #0b29c50e
+def _typed(kinds: type | tuple[type, ...], what: str, **given: Any) -> None:
+    "Raises TypeError for a value of another type; a bool is not a number."
+    for name, value in given.items():
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool): raise TypeError(f"{name} must be {what}, got {value!r}")
+
+def _whole(**given: Any) -> None:
+    "Raises TypeError or ValueError for what is not an int of at least 1."
+    _typed(int, "an int", **given)
+    for name, value in given.items():
+        if value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
+
+def _number(**given: Any) -> None: _typed((int, float), "a number", **given)
 
 # %% ../nbs/lib/02_codebook.ipynb #3fdf9f23
 def normal(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
@@ -32,40 +47,39 @@ def orthogonal(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
     "Blocks of at most d orthonormal code vectors."
     return torch.cat([torch.linalg.qr(torch.randn(dim, dim))[0] for _ in range(-(-num_codes // dim))])[:num_codes]
 
-# %% ../nbs/lib/02_codebook.ipynb #85c4b3f4
-def _shuffled(z: Float[Tensor, "n d"], num: int) -> Float[Tensor, "num d"]:
-    return z[torch.randperm(len(z), device=z.device)[torch.arange(num, device=z.device) % len(z)]]
-
+# %% ../nbs/lib/02_codebook.ipynb #d271238f
 @torch.no_grad()
 def kmeans(z: Float[Tensor, "n d"], num_codes: int, iterations: int = 20, samples_per_code: int = 64) -> Float[Tensor, "k d"]:
-    """Centres of z by k-means++ and Lloyd (scikit-learn), repeatable under `torch.manual_seed`; works for num_codes > n too.
+    """Centres of the (joined) batch by k-means++ and Lloyd (scikit-learn), repeatable under `torch.manual_seed`; works for num_codes > n too.
 
     Raises ValueError for empty or non-finite z, ImportError where scikit-learn is missing (it comes with vqstudy[study]).
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
     check_vectors("z", z, check_finite=True)
-    z, seed = joined(z), int(torch.randint(2**31 - 1, ()))
-    if len(z) <= num_codes:
-        noise = 0.01 * z.std(0, correction=0) * torch.randn(num_codes, z.shape[1], device=z.device, dtype=z.dtype)
-        noise[:len(z)] = 0
-        return from_first(_shuffled(z, num_codes) + noise)
-    sample = _shuffled(z, min(len(z), samples_per_code * num_codes)).float().cpu().numpy()
+    n, seed = int(total(torch.tensor(len(z), device=z.device))), int(torch.randint(2**31 - 1, ()))
+    if n <= num_codes:
+        noise, drawn = torch.randn(num_codes, z.shape[1], device=z.device, dtype=z.dtype), draw(z, num_codes)
+        noise[:n] = 0
+        return from_first(drawn + 0.01 * drawn[:n].std(0, correction=0) * noise)
+    sample = draw(z, min(n, samples_per_code * num_codes)).float().cpu().numpy()
     with threadpool_limits(torch.get_num_threads()):  # its sums depend on its number of threads
         fitted = KMeans(num_codes, n_init=1, max_iter=iterations, random_state=seed).fit(sample)
     return from_first(torch.from_numpy(fitted.cluster_centers_).to(z))
 
-# %% ../nbs/lib/02_codebook.ipynb #aadb9b6d
+# %% ../nbs/lib/02_codebook.ipynb #ec03e114
 class Affine(nn.Module):
     """Learned shared affine map of the code vectors (Huh et al. 2023, Eq. 15, A.1); starts as the identity.
 
-    lr: eta. groups: consecutive equal parts of the codebook with a map each. max_norm: largest norm of eta s and of eta b (A.1 advises a
-    constraint). Raises ValueError for bad values.
+    lr: eta, which scales the map's steps (by eta under AdamW, eta^2 under SGD). groups: consecutive equal parts of the codebook with a map each. max_norm: largest norm of eta s and of eta b (A.1 advises a
+    constraint). Raises ValueError or TypeError for bad values.
     """
     def __init__(self, dim: int, lr: float = 1.0, groups: int = 1, max_norm: float | None = None):
         super().__init__()
-        if groups < 1: raise ValueError(f"groups must be at least 1, got {groups}")
-        if lr <= 0 or (max_norm is not None and max_norm <= 0): raise ValueError(f"lr and max_norm must be positive, got {lr} and {max_norm}")
+        _whole(dim=dim, groups=groups)
+        _number(lr=lr, max_norm=1 if max_norm is None else max_norm)
+        if not 0 < lr < math.inf: raise ValueError(f"lr must be positive and finite, got {lr}")
+        if max_norm is not None and not max_norm > 0: raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.lr, self.groups, self.max_norm = lr, groups, max_norm
         self.scale, self.shift = nn.Parameter(torch.zeros(groups, dim)), nn.Parameter(torch.zeros(groups, dim))
 
@@ -91,15 +105,16 @@ class Affine(nn.Module):
 
     def extra_repr(self) -> str: return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
-# %% ../nbs/lib/02_codebook.ipynb #de3a8a6b
+# %% ../nbs/lib/02_codebook.ipynb #5303e397
 class MovingAffine(nn.Module):
     """Affine map from running moments of z and of the table (Huh et al. 2023, Eq. 38-45 corrected).
 
     momentum: weight of the new moments. of: "codebook" (A.9) or "chosen" (Eq. 40-41), which vectors' moments are matched to z's.
-    The first training batch sets the moments; until then the map is the identity. Raises ValueError for bad values.
+    The first training batch sets the moments; until then the map is the identity. Raises ValueError or TypeError for bad values.
     """
     def __init__(self, dim: int, momentum: float = 0.1, of: str = "codebook"):
         super().__init__()
+        _whole(dim=dim), _number(momentum=momentum), _typed(str, "a text", of=of)
         if not 0 < momentum <= 1: raise ValueError(f"momentum must lie in 0..1, got {momentum}")
         if of not in ("codebook", "chosen"): raise ValueError(f"of must be 'codebook' or 'chosen', got {of!r}")
         self.momentum, self.of = momentum, of
@@ -111,7 +126,7 @@ class MovingAffine(nn.Module):
     @torch.no_grad()
     def update(self, z: Float[Tensor, "n d"], codes: Float[Tensor, "m d"]) -> None:
         "Move the running moments towards those of the (joined) batch z, and of code vectors before the map."
-        rate = torch.where(self.started > 0, self.momentum, 1.0)
+        rate = torch.where(self.started > 0, self.momentum, self.started.new_ones((), dtype=torch.float64))  # of two numbers it would make a float32
         for x, name, spread in ((z, "z", True), (codes, "c", self.of == "chosen")):
             mean, var = _moments(x, spread)
             for kind, new in (("mean", mean), ("var", var)):
@@ -142,18 +157,18 @@ def _moments(x: Float[Tensor, "n d"], spread: bool) -> tuple[Float[Tensor, "d"],
     mean = total(x.sum(0)) / n
     return mean, total((x - mean).pow(2).sum(0)) / n
 
-# %% ../nbs/lib/02_codebook.ipynb #1eeb5c11
+# %% ../nbs/lib/02_codebook.ipynb #c2134870
 class LinearMap(nn.Module):
     "c_i = W r_i with a learned W (d, d), over a frozen table (Zhu et al. 2024, SimVQ); starts as torch's linear layer does."
-    frozen = True  # the table has no gradient
-
     def __init__(self, dim: int):
         super().__init__()
+        _whole(dim=dim)
         self.linear = nn.Linear(dim, dim, bias=False)
+        from_first(self.linear.weight.data)
 
     def forward(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]: return self.linear(table)
 
-# %% ../nbs/lib/02_codebook.ipynb #34c1eb07
+# %% ../nbs/lib/02_codebook.ipynb #fdb18247
 def sample(z: Float[Tensor, "n d"], num_codes: int) -> Float[Tensor, "k d"]:
     "Vectors of the (joined) batch as code vectors."
     return draw(z, num_codes)
@@ -165,10 +180,12 @@ class Codebook(nn.Module):
     """k code vectors of width d; calling it gives them as used, (k, d).
 
     init: one of INITS, or one of FROM_DATA (at the first training batch). l2: used on the unit sphere. learn: whether `weight` is a parameter
-    (gradients) or a buffer (moving averages). map: Affine, MovingAffine or LinearMap. Raises ValueError for an unknown init.
+    (gradients) or a buffer (moving averages). map: Affine, MovingAffine or LinearMap. Raises ValueError or TypeError for bad values.
     """
     def __init__(self, dim: int, num_codes: int, init: str = "normal", l2: bool = False, learn: bool = True, map: nn.Module | None = None):
         super().__init__()
+        _whole(dim=dim, num_codes=num_codes), _typed(str, "a text", init=init), _typed(bool, "True or False", l2=l2, learn=learn)
+        if not isinstance(map, nn.Module | None): raise TypeError(f"map must be Affine, MovingAffine, LinearMap or None, got {map!r}")
         if init not in INITS | FROM_DATA: raise ValueError(f"init must be one of {', '.join(INITS | FROM_DATA)}, got {init!r}")
         self.init, self.l2, self.map = init, l2, map
         if isinstance(map, Affine): map.parts(num_codes)  # do its groups divide the codes?
@@ -187,22 +204,20 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def start(self, z: Float[Tensor, "n d"], how: str | None = None) -> None:
         "Begin (or begin again) from the data: the code vectors as used become k-means centres or samples of z."
-        self._write(FROM_DATA[how or self.init](z, len(self.weight)))
+        self.weight.copy_(self._table(FROM_DATA[how or self.init](z, len(self.weight))))
         self.started.fill_(True)
         self.waiting = False
 
     @torch.no_grad()
     def replace(self, which: Bool[Tensor, "k"], vectors: Float[Tensor, "k d"]) -> None:
         "Where `which`: the code becomes that vector (given as used)."
-        self._write(torch.where(which[:, None], vectors.to(self.weight.dtype), self._before_l2()))
+        self.weight.copy_(torch.where(which[:, None], self._table(vectors), self.weight))
 
-    def _before_l2(self): return self.weight if self.map is None else self.map(self.weight)
-
-    def _write(self, vectors):
-        "Set the table so that the map takes it to these vectors."
+    def _table(self, vectors):
+        "The table that the map takes to these vectors."
         if isinstance(self.map, LinearMap): raise ValueError("a codebook that is a linear map of a frozen table cannot take single new codes")
         vectors = vectors.to(self.weight.dtype)
-        self.weight.copy_(vectors if self.map is None else self.map.inverse(vectors))
+        return vectors if self.map is None else self.map.inverse(vectors)
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -210,16 +225,19 @@ class Codebook(nn.Module):
 
     def extra_repr(self) -> str: return f"{len(self.weight)} codes of width {self.weight.shape[1]}, init={self.init}, l2={self.l2}"
 
-# %% ../nbs/lib/02_codebook.ipynb #004f2546
+# %% ../nbs/lib/02_codebook.ipynb #960c850d
 class MovingAverage(nn.Module):
     """Running counts (k,) and sums (k, d) of the vectors that chose each code (van den Oord et al. 2017, A.1).
 
-    decay: lambda, between 0 and 1. smoothing: epsilon of the Laplace smoothing, 0 for none.
+    weight: the table at the start. decay: lambda, between 0 and 1. smoothing: epsilon of the Laplace smoothing, 0 for none. Raises ValueError or
+    TypeError for bad values.
     """
     def __init__(self, weight: Float[Tensor, "k d"], decay: float = 0.99, smoothing: float = 1e-5):
         super().__init__()
+        check_vectors("weight", weight), _number(decay=decay, smoothing=smoothing)
+        if weight.ndim != 2: raise ValueError(f"weight must be (k, d), got shape {tuple(weight.shape)}")
         if not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, got {decay}")
-        if smoothing < 0: raise ValueError(f"smoothing must not be negative, got {smoothing}")
+        if not 0 <= smoothing < math.inf: raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")
         self.decay, self.smoothing = decay, smoothing
         self.register_buffer("counts", weight.new_ones(len(weight)))
         self.register_buffer("sums", weight.detach().clone())
@@ -244,12 +262,15 @@ class MovingAverage(nn.Module):
 
     def extra_repr(self) -> str: return f"decay={self.decay}, smoothing={self.smoothing}"
 
-# %% ../nbs/lib/02_codebook.ipynb #9501690a
+# %% ../nbs/lib/02_codebook.ipynb #97de3b8c
 class Replacement(nn.Module):
-    "How many training steps each code has been idle; after `life_span` of them it is dead."
+    """How many training steps each code has been idle; after `life_span` of them it is dead.
+
+    With several processes a compiled step breaks its graph at each draw, which reads how many vectors every rank has. Raises ValueError or TypeError for bad values.
+    """
     def __init__(self, num_codes: int, life_span: int = 20):
         super().__init__()
-        if not isinstance(life_span, int) or life_span < 1: raise ValueError(f"life_span must be a whole number of steps, at least 1, got {life_span!r}")
+        _whole(num_codes=num_codes, life_span=life_span)
         self.life_span = life_span
         self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-# %% ../nbs/lib/01a_ranks.ipynb #f79c7765
+# %% ../nbs/lib/01a_ranks.ipynb #9d8664ef
 def ranks() -> int:
     "How many processes train together; 1 where torch.distributed is not initialised."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -24,9 +24,12 @@ def total(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     return x
 
 def from_first(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    "What the first process has, on all of them."
-    if ranks() > 1: dist.broadcast(x, 0)
-    return x
+    "What the first process has, on all of them; x is overwritten by it."
+    if ranks() == 1: return x
+    reached = dist.get_backend_config()  # such as "cuda:nccl", which cannot send what a model built on the CPU holds
+    sent = x if x.device.type in reached else x.to(reached.split(":")[0])
+    dist.broadcast(sent, 0)
+    return x.copy_(sent)
 
 # %% ../nbs/lib/01a_ranks.ipynb #9f20b65a
 def _sizes(z: Float[Tensor, "n d"]) -> list[int]:
