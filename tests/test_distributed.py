@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
+from vqstudy.categorical import RouterQuantizer
 from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from vqstudy.lattice import BSQ, FSQ, LFQ
@@ -86,6 +87,9 @@ CASES = {
     "lfq": case(LFQ, codes=16),
     "lfq in groups": case(LFQ, codes=16, group=2, temperature=1.0),
     "bsq": case(BSQ, codes=16),
+    "lfq of another width": case(LFQ, codes=8),
+    "router, entropy": case(RouterQuantizer, entropy=1.0, entropy_temperature=0.5),
+    "router + tied, entropy": case(RouterQuantizer, tied=True, entropy=1.0, entropy_temperature=0.5),
     **{spec: case(partial(recipe, spec)) for spec in ("gumbel", "sq", "router", "router + tied")},
 }
 NOISY = {"gumbel", "sq"}  # noise of each vector is a rank's own: here only their start is compared
@@ -139,7 +143,7 @@ def evaluations(rank, cases, data):
 
 def everything(rank, data):
     "One start of the processes for all tests."
-    evaluations(rank, [case for name, case in CASES.items() if name not in ("lfq", "lfq in groups", "bsq")], data)  # these sum their entropy over ranks in evaluation too
+    evaluations(rank, CASES.values(), data)
     return {"total": total(torch.tensor([rank, 1])), "threads": torch.get_num_threads(), **{name: steps(rank, case, data) for name, case in (CASES | LOOSE).items()}}
 
 

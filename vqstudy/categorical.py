@@ -6,7 +6,7 @@
 __all__ = ['COOL', 'route', 'sharp', 'gumbel', 'reinmax', 'Annealed', 'GumbelQuantizer', 'SQQuantizer', 'attend',
            'RouterQuantizer']
 
-# %% ../nbs/lib/02c_categorical.ipynb #50ad2443
+# %% ../nbs/lib/02c_categorical.ipynb #e3e3ed12
 import math
 from typing import Any
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .base import Quantizer, commitment, whole
 from .codebook import Codebook
 from .estimators import estimate, full
-from .ranks import from_first
+from .ranks import from_first, joint_mean, ranks
 
 # %% ../nbs/lib/02c_categorical.ipynb #3b26e3f2
 def _number(name: str, value: Any, positive: bool = False) -> float:
@@ -120,7 +120,7 @@ def _square(x, variance, codebook):
     "Features of x and keys of the codes, (n, 2d) and (k, 2d), whose product is -sum_d (x - c)_d^2 / (2 var_d) but for a constant of the row."
     return torch.cat([x / variance, -0.5 / variance], 1), torch.cat([codebook, codebook.pow(2)], 1)
 
-# %% ../nbs/lib/02c_categorical.ipynb #a6fae7c4
+# %% ../nbs/lib/02c_categorical.ipynb #bdff23f0
 class SQQuantizer(Annealed):
     """SQ-VAE's Gaussian quantizer (Takida et al. 2022): code drawn from softmax(-sum_d (z - E)_d^2 / (2 var_d)), var = exp(v(z)) + exp(s).
 
@@ -149,7 +149,7 @@ class SQQuantizer(Annealed):
 
     def objective(self, mse: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
         "weight size/2 log(mse size): the decoder's variance at its best value (Takida et al. 2022)."
-        return self.weight * size / 2 * (mse * size).log()
+        return self.weight * size / 2 * ((joint_mean(mse, 1) if self.training else mse) * size).log()
 
     def extra_repr(self) -> str: return f"{super().extra_repr()}, variant={self.variant}, weight={self.weight}"
 
@@ -171,13 +171,15 @@ def attend(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values: Float[Te
     padded = (F.pad(t, (0, width - t.shape[1]))[None, None] for t in (x, keys, values))
     return F.scaled_dot_product_attention(*padded, scale=1.0)[0, 0, :, :values.shape[1]]
 
-# %% ../nbs/lib/02c_categorical.ipynb #070843b3
-def _entropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
-    "Mean of the rows' entropies minus the entropy of the mean row, in nats; at most 0."
-    mean = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # in logarithms, where a vanishing probability has a finite gradient
-    return (mean.exp() * mean).sum() - _negentropy(logits).mean()
+# %% ../nbs/lib/02c_categorical.ipynb #f61abe1d
+def _entropy(logits: Float[Tensor, "n k"], joint: bool = False) -> Float[Tensor, ""]:
+    "Mean of the rows' entropies minus the entropy of the mean row (joint: of all processes' rows), in nats."
+    log_mean = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # in logarithms, where a vanishing probability has a finite gradient
+    mean = log_mean.exp()
+    if joint and ranks() > 1: log_mean = (mean := joint_mean(mean, len(logits))).detach().clamp_min(torch.finfo(mean.dtype).tiny).log()  # constant, since dp adds up to 0
+    return (mean * log_mean).sum() - _negentropy(logits).mean()
 
-# %% ../nbs/lib/02c_categorical.ipynb #e092a4c3
+# %% ../nbs/lib/02c_categorical.ipynb #833b3e96
 class RouterQuantizer(Quantizer):
     """Takes the code of the largest logit z W^T (+ b) (top-1 router; where tied with the gradient of IBQ, Shi et al. 2024); forward exactly E[code].
 
@@ -220,7 +222,7 @@ class RouterQuantizer(Quantizer):
         z_q = q = F.embedding(codes, codebook)
         if torch.is_grad_enabled(): z_q = _gated(self, x, codes, codebook)
         loss = commitment(x, q, self.alpha, self.beta) if self.alpha else x.new_zeros(())
-        if self.entropy: loss = loss + self.entropy * _entropy(F.linear(x, *self._router(x.dtype)) / self.entropy_temperature)
+        if self.entropy: loss = loss + self.entropy * _entropy(F.linear(x, *self._router(x.dtype)) / self.entropy_temperature, joint=self.training)
         return z_q, codes, loss
 
     def _unflat(self, q, shape): return q.view(*shape, self.code_dim).movedim(-1, self.channel_dim)

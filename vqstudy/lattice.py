@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lattice', 'levels_for', 'FSQ', 'entropies', 'LFQ', 'BSQ']
 
-# %% ../nbs/lib/02d_lattice.ipynb #f18aa3de
+# %% ../nbs/lib/02d_lattice.ipynb #371f1523
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantizer, whole
 from .estimators import Rule, estimate, straight_through
-from .ranks import ranks, total
+from .ranks import from_first, joint_mean
 
 # %% ../nbs/lib/02d_lattice.ipynb #cf6ddc3f
 def _linear(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b"]:
@@ -28,7 +28,7 @@ def _one_by_one(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b
     for column, weight in zip(x.to(wide).unbind(1), layer.weight.to(wide).unbind(1)): out = out + column[:, None] * weight
     return out.to(x.dtype)
 
-# %% ../nbs/lib/02d_lattice.ipynb #80701aff
+# %% ../nbs/lib/02d_lattice.ipynb #beaeba71
 class Lattice(Quantizer):
     """Base of the quantizers whose codes are the points of a grid with `levels` values a coordinate.
 
@@ -42,6 +42,7 @@ class Lattice(Quantizer):
         if not callable(rule): raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
         self.rule, self.levels, width = rule, tuple(levels), len(levels)
         self.project_in, self.project_out = (None, None) if width == dim else (nn.Linear(dim, width), nn.Linear(width, dim))
+        for parameter in self.parameters(): from_first(parameter.data)
         self.register_buffer("sizes", torch.tensor(self.levels), persistent=False)
         self.register_buffer("basis", torch.tensor([math.prod(levels[:i]) for i in range(width)]), persistent=False)
         self.register_buffer("like", torch.tensor(0.0), persistent=False)  # nothing but the dtype of the code vectors, which .to() may change
@@ -128,7 +129,7 @@ class FSQ(Lattice):
     def penalty(self, x, q): return x.new_zeros(())
     def extra_repr(self) -> str: return f"{super().extra_repr()}, levels={self.levels}"
 
-# %% ../nbs/lib/02d_lattice.ipynb #94a6b337
+# %% ../nbs/lib/02d_lattice.ipynb #d16368a5
 def _products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n c"]:
     "The probabilities of all 2^m sign patterns, the first sign the fastest."
     p = logits.new_ones(len(logits), 1)
@@ -136,21 +137,20 @@ def _products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n c"]:
     return p
 
 def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
-    "Their mean over the (joined) batch; its gradient is the one of this process's part."
+    "Their mean over the batch."
     half, n = logits.shape[1] // 2, len(logits)
-    mean = (_products(logits[:, half:]).T @ _products(logits[:, :half]) / n).flatten()
-    if ranks() == 1: return mean
-    joined = total(mean.detach() * n) / total(mean.new_full((), n))
-    return mean + (joined - mean).detach()
+    return (_products(logits[:, half:]).T @ _products(logits[:, :half]) / n).flatten()
 
-def entropies(logits: Float[Tensor, "n w"], group: int = 18) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def entropies(logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean entropy, and entropy of the mean, of n distributions over 2^w sign patterns with these log-odds of the signs; in nats.
 
     The entropy of the mean is exact for w <= group; wider ones are cut into groups, whose entropies are added, an upper bound.
+    joint: the mean is over the batch of all processes, which must all call this.
     """
     size = logits.abs()
     each = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
+    if joint: means = [joint_mean(mean, len(logits)) for mean in means]
     return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
 
 # %% ../nbs/lib/02d_lattice.ipynb #28ec0d55
@@ -160,7 +160,7 @@ def _signs(kind: str, num_codes: int) -> int:
     if width < 1 or num_codes != 2**width: _refuse(kind, num_codes, "a power of two, at least 2", sorted({2 ** max(width, 1), 2 ** (width + 1)}))
     return width
 
-# %% ../nbs/lib/02d_lattice.ipynb #00cb0951
+# %% ../nbs/lib/02d_lattice.ipynb #0c1cda2c
 class LFQ(Lattice):
     """Lookup-free quantization: the signs of the coordinates (Yu et al. 2023, MAGVIT-v2). num_codes: a power of two.
 
@@ -188,7 +188,7 @@ class LFQ(Lattice):
     def penalty(self, x, q):
         loss = self.commitment * F.mse_loss(x, q)
         if self.entropy == 0: return loss
-        each, mean = entropies(4 * self.unit / self.temperature * x, self.group)
+        each, mean = entropies(4 * self.unit / self.temperature * x, self.group, joint=self.training)
         return loss + self.entropy * (each - self.diversity * mean)
 
     def extra_repr(self) -> str:
