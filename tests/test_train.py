@@ -193,6 +193,11 @@ def linear_loss(model, x, y):
 def small(n=32): return types.SimpleNamespace(x=torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)), y=None)
 
 
+def test_inner_and_outer_steps_share_a_batch_that_they_do_not_divide():
+    history = run(method="vq + alt", epochs=1, inner=4, outer=1, fused=False).history  # 8 pictures in 5 parts
+    assert math.isfinite(history[0]["loss"])
+
+
 @pytest.mark.parametrize("rule", ["exact", "hessian"])
 def test_rules_that_ask_the_decoder_get_it_from_fit(rule):
     "The decoder's loss is quadratic in its input, so both rules give the encoder the gradient of the model without a quantizer."

@@ -228,7 +228,7 @@ def _attach(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
         with still(loop.model): return loop.scaler.scale(loop.model.decoder_loss(v, x, y))
     for q in loop.asking: q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #36dccd2f
+# %% ../nbs/lib/08_train.ipynb #0aaa47ad
 class _Seen(Exception): "The quantizer has got its input; nothing after it is needed."
 
 def _latents(loop: _Loop, q: Quantizer, x: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ def _inner(loop: _Loop, loss: Tensor) -> None:
 def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     "Inner steps on the codebook, outer steps on the network; the logs of the last outer step."
     s, fused = loop.s, loop.s.fused and loop.s.inner == loop.s.outer == 1
-    xs = x.chunk(1 if fused else s.inner + s.outer)
-    ys = [None] * len(xs) if y is None else y.chunk(len(xs))
+    xs = x.tensor_split(1 if fused else s.inner + s.outer)  # chunk would make fewer parts of a small batch
+    ys = [None] * len(xs) if y is None else y.tensor_split(len(xs))
     for part in () if fused else xs[:s.inner]:
         for q in loop.alternating: _inner(loop, q.inner_loss(_latents(loop, q, part)))
     for q in loop.alternating: q.inner_step = (lambda loss: _inner(loop, loss)) if fused else None
