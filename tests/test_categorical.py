@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles_categorical import ORACLES
+from oracles_categorical import ORACLES, router
 from vqstudy.categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer, attend, route, sharp
 
 @pytest.mark.parametrize("make,error,words", [
@@ -105,24 +105,34 @@ def test_ties_and_far_vectors_stay_finite():
 
 def test_route_and_attend_in_tiles_and_at_odd_widths():
     torch.manual_seed(0)
-    for d, e, k in ((1, 1, 1), (7, 3, 5), (3, 9, 300), (64, 64, 129)):
-        x, W, E, b = torch.randn(37, d).double(), torch.randn(k, d).double(), torch.randn(k, e).double(), torch.randn(k).double()
-        assert torch.equal(route(x, W, b, budget=1), (x @ W.T + b).argmax(1))
+    for n, d, e, k in ((37, 1, 1, 1), (37, 7, 3, 5), (1, 3, 9, 300), (37, 64, 64, 129), (600, 3, 2, 4100), (1500, 2, 5, 2049)):
+        x, W, E, b = torch.randn(n, d).double(), torch.randn(k, d).double(), torch.randn(k, e).double(), torch.randn(k).double()
+        assert torch.equal(route(x, W, b), (x @ W.T + b).argmax(1)) and torch.equal(route(x, W), (x @ W.T).argmax(1))
         assert torch.allclose(attend(x, W, E, b), (x @ W.T + b).softmax(1) @ E, atol=1e-12)
 
 
-def test_router_gradient_holds_no_matrix_of_n_by_k():
-    "No tensor that autograd or the pass allocates is as large as n x k."
+def test_of_equal_logits_the_first_code_is_taken_across_tiles_too():
+    x, W = torch.ones(700, 1), torch.zeros(6000, 1)
+    W[[31, 2047, 2048, 5000]] = 1.0
+    assert (route(x, W) == 31).all() and (route(x, W[32:]) == 2015).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "code_dim": 5}, {"tied": True, "bias": True}, {"gate": "switch", "bias": True}, {"gate": "switch", "tied": True},
+                                     {"entropy": 2.0, "entropy_temperature": 0.3, "bias": True}], ids=str)
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_over_many_tiles(options, dtype, bound):
+    "More vectors and codes than a tile has, neither a multiple of it; relative to the naive form in float64."
     torch.manual_seed(0)
-    n, k = 512, 4096
-    quantizer, z, largest = RouterQuantizer(16, k), torch.randn(n, 16, requires_grad=True), []
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and "mm" not in str(function))
-            return result
-    with Watch(): quantizer(z).z_q.sum().backward()
-    assert max(largest) < n * k / 8
+    quantizer = RouterQuantizer(16, 4500, init_scale=1.0, **options).double()
+    if quantizer.bias is not None: torch.nn.init.normal_(quantizer.bias)
+    z, g = torch.randn(1100, 16).double().requires_grad_(), torch.randn(1100, quantizer.code_dim).double()
+    out, _, loss = router(quantizer, z, dict(quantizer.named_parameters()))
+    wanted = torch.autograd.grad((out * g).sum() + loss, (z, *quantizer.parameters()))
+    z = z.detach().to(dtype).requires_grad_()
+    ours = quantizer.to(dtype)(z)
+    with torch.autocast("cpu", torch.bfloat16): found = torch.autograd.grad((ours.z_q * g.to(dtype)).sum() + ours.loss, (z, *quantizer.parameters()))
+    assert all((a - b).norm() <= bound * b.norm() for a, b in zip(found, wanted)), [((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+    assert torch.equal(quantizer.encode(z), ours.codes)
 
 
 def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
@@ -131,6 +141,8 @@ def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
     def twice():
         grad, = torch.autograd.grad((attend(z, quantizer.keys, quantizer.codebook) ** 2).sum(), z, create_graph=True)
         return torch.autograd.grad(grad.sum(), z)[0]
+    grad, = torch.autograd.grad(quantizer(z).z_q.pow(2).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
     with pytest.raises(RuntimeError, match="not implemented"): twice()
     with sdpa_kernel(SDPBackend.MATH): assert twice().isfinite().all()
 

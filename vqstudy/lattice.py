@@ -160,13 +160,14 @@ def _signs(kind: str, num_codes: int) -> int:
     if width < 1 or num_codes != 2**width: _refuse(kind, num_codes, "a power of two, at least 2", sorted({2 ** max(width, 1), 2 ** (width + 1)}))
     return width
 
-# %% ../nbs/lib/02d_lattice.ipynb #0c1cda2c
+# %% ../nbs/lib/02d_lattice.ipynb #a8f160e3
 class LFQ(Lattice):
     """Lookup-free quantization: the signs of the coordinates (Yu et al. 2023, MAGVIT-v2). num_codes: a power of two.
 
     entropy: weight of mean entropy minus `diversity` times the entropy of the mean, at `temperature`, nats a vector; commitment: weight of the
     mean squared error between coordinates and signs. group: at most so many signs are taken jointly (1 to 24), see `entropies`. rule: the
-    gradient of the sign. Where dim is not log2 num_codes, linear layers lead in and out. Raises ValueError for bad values.
+    gradient of the sign. Where dim is not log2 num_codes, linear layers lead in and out. The entropies hold a few times 2n 2^(group/2) + 2^group
+    numbers. Raises ValueError for bad values.
     """
     spherical = False
 

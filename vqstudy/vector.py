@@ -98,13 +98,14 @@ class _Asking:
 
     def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k not in ("loss_at", "inner_step", "_seen")}
 
-# %% ../nbs/lib/02b_vector.ipynb #5d3bd50c
+# %% ../nbs/lib/02b_vector.ipynb #1f27b3f5
 class VectorQuantizer(_Asking, CodebookQuantizer):
     """Nearest-code quantizer (van den Oord et al. 2017) with its parts exchangeable.
 
     rule: the gradient estimator, or "exact" / "hessian" (see `attach`). perturb: a perturbation that stands in for q in training. metric: of
     the assignment alone, "euclidean" or "cosine". alpha, beta: of the `commitment` loss. alternate: the codebook learns in an inner step
     alone; commit_encoder: whether the encoder's half of the commitment stays in the outer step. Other options: `CodebookQuantizer`'s.
+    Memory is linear in n + k (`nearest`, and statistics by index_add); a training step on a GPU waits for no value, but for refit.
     Compiles with fullgraph=True once the codebook has begun, but for refit (k-means is no graph), "exact" and "hessian" (they run the decoder
     inside backward) and fused alternation (it steps inside forward).
     """
@@ -146,21 +147,21 @@ def _quantize(self: VectorQuantizer, x: Float[Tensor, "n d"]) -> tuple[Float[Ten
     if self.training: after_batch(self, x.detach(), codes)
     return z_q, codes, loss
 
-# %% ../nbs/lib/02b_vector.ipynb #3bfa10f1
+# %% ../nbs/lib/02b_vector.ipynb #95ad7e8f
 @torch.no_grad()
 def sample_codes(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], temperature: Float[Tensor, ""], budget: int = 64 * 2**20) -> Int64[Tensor, "n"]:
-    "Codes drawn with probability proportional to exp(-|z - c|^2 / temperature); extra memory of about `budget` bytes."
+    "Codes drawn with probability proportional to exp(-|z - c|^2 / temperature); extra memory of two tiles of `budget` bytes at most."
     square, codes = codebook.pow(2).sum(1), []
     for rows in z.split(max(1, budget // (codebook.element_size() * len(codebook)))):
-        scores = torch.addmm(-square, rows, codebook.T, alpha=2) / temperature
-        codes.append((scores - torch.empty_like(scores).exponential_().log()).argmax(1))
+        scores = torch.addmm(-square, rows, codebook.T, alpha=2).div_(temperature)
+        codes.append(scores.sub_(torch.empty_like(scores).exponential_().log_()).argmax(1))
     return torch.cat(codes)
 
 class StochasticQuantizer(VectorQuantizer):
     """VectorQuantizer whose training codes are drawn, softmax of -|z - c|^2 / temperature (Huh et al. 2023, Eq. 12).
 
     temperature: at the start; final_temperature: at the end of training, reached geometrically by `anneal`. Other options: VectorQuantizer's;
-    `metric` stays "euclidean". Raises ValueError for temperatures that are not positive.
+    `metric` stays "euclidean". Scores and noise are held a tile at a time (`sample_codes`). Raises ValueError for temperatures that are not positive.
     """
     def __init__(self, dim: int, num_codes: int, temperature: float = 1.0, final_temperature: float = 0.01, **options):
         if not (temperature > 0 and final_temperature > 0): raise ValueError(f"temperature and final_temperature must be positive, got {temperature} and {final_temperature}")
