@@ -235,13 +235,21 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #f364c998
+# %% ../nbs/lib/11_study.ipynb #f9c0c911
+def _has_results(stem: str) -> bool:
+    "Whether a figure has a table to read; one that no sweep names computes in place."
+    names = [name for name in sweeps() if stem in sweep(name)["figures"]]
+    return not names or any((results_folder("desk") / f"{name}.csv").is_file() for name in names)
+
 def redraw(stems: list[str]) -> int:
     "Execute figure notebooks in place, all if none is named. Returns the number that failed; those stay as they were."
     import nbformat
     from nbclient import NotebookClient
     failed = 0
     for path in [_figure(stem) for stem in stems] or sorted((root() / "nbs" / "figs").glob("*.ipynb")):
+        if not stems and not _has_results(path.stem):
+            print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
+            continue
         book = nbformat.read(path, 4)
         try: NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(root())}}).execute()
         except Exception as error:
