@@ -56,8 +56,9 @@ def _largest(scores: Float[Tensor, "r k"], group: int = 32) -> Int64[Tensor, "r 
     best = groups.amax(2).argmax(1, keepdim=True)
     return best * group + groups.gather(1, best[:, :, None].expand(-1, 1, group))[:, 0].argmax(1, keepdim=True)
 
-# %% ../nbs/lib/02c_categorical.ipynb #23c94533
-_library = torch.library.Library("vqstudy", "FRAGMENT")
+# %% ../nbs/lib/02c_categorical.ipynb #b0da9e1b
+_space = "vqstudy" if __name__ == "vqstudy.categorical" else "vqstudy_notebook"  # a notebook and the module may live in one process
+_library = torch.library.Library(_space, "FRAGMENT")
 
 def _operator(signature: str, like: Callable) -> Callable:
     "Decorator: the function as an operator of torch; `like` makes empty results of the right shapes."
@@ -65,11 +66,11 @@ def _operator(signature: str, like: Callable) -> Callable:
         name = function.__name__.lstrip("_")
         _library.define(name + signature)
         _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"vqstudy::{name}", like, lib=_library)
-        return getattr(torch.ops.vqstudy, name).default
+        torch.library.register_fake(f"{_space}::{name}", like, lib=_library)
+        return getattr(getattr(torch.ops, _space), name).default
     return register
 
-# %% ../nbs/lib/02c_categorical.ipynb #c0bf7322
+# %% ../nbs/lib/02c_categorical.ipynb #69b3b3ef
 def _like_scan(x, keys, bias, values, weigh): return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), 1), x.new_empty(len(x), 0 if values is None else values.shape[1])
 
 @_operator("(Tensor x, Tensor keys, Tensor? bias, Tensor? values, bool weigh) -> (Tensor, Tensor, Tensor)", _like_scan)
@@ -91,7 +92,7 @@ def _scan(x, keys, bias, values, weigh):
 
 @torch.no_grad()
 def route(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None) -> Int64[Tensor, "n"]:
-    "The code of the largest logit x keys^T + bias, ties to the lowest; a few MiB of extra memory at any n and k (on a GPU 128 MiB)."
+    "The code of the largest logit x keys^T + bias, ties to the lowest; two tiles of extra memory at any n and k (16 MiB in float32, on a GPU 128)."
     return _scan(x, keys, bias, None, False)[0]
 
 # %% ../nbs/lib/02c_categorical.ipynb #37ae9eab

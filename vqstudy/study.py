@@ -235,11 +235,11 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #f9c0c911
+# %% ../nbs/lib/11_study.ipynb #25578716
 def _has_results(stem: str) -> bool:
     "Whether a figure has a table to read; one that no sweep names computes in place."
     names = [name for name in sweeps() if stem in sweep(name)["figures"]]
-    return not names or any((results_folder("desk") / f"{name}.csv").is_file() for name in names)
+    return not names or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
 
 def redraw(stems: list[str]) -> int:
     "Execute figure notebooks in place, all if none is named. Returns the number that failed; those stay as they were."
