@@ -113,7 +113,7 @@ def test_no_error_within_the_bound_breaks_the_contract(metric, monkeypatch):
 
     def wrong(z, codebook, rows, dtype, *rest):
         for part, start, scores in tiles(z, codebook, rows, dtype, *rest):
-            if dtype == torch.float32: scores += error[rows[part], None] * torch.empty_like(scores).bernoulli_().mul(1.8).sub(0.9)
+            if dtype == torch.float32: scores += error[rows[part], None, None] * torch.empty_like(scores).bernoulli_().mul(1.8).sub(0.9)
             yield part, start, scores
 
     monkeypatch.setattr(search, "_tiles", wrong)

@@ -6,8 +6,7 @@
 __all__ = ['COOL', 'route', 'sharp', 'gumbel', 'reinmax', 'Annealed', 'GumbelQuantizer', 'SQQuantizer', 'attend', 'routed',
            'RouterQuantizer']
 
-# %% ../nbs/lib/02c_categorical.ipynb #6b57f413
-from collections.abc import Callable
+# %% ../nbs/lib/02c_categorical.ipynb #3c3e53b0
 import math
 from typing import Any
 import torch
@@ -19,6 +18,7 @@ from .base import Quantizer, commitment, whole
 from .codebook import Codebook
 from .estimators import estimate, full
 from .ranks import from_first, joint_mean
+from .search import operator
 
 # %% ../nbs/lib/02c_categorical.ipynb #3b26e3f2
 def _number(name: str, value: Any, positive: bool = False) -> float:
@@ -56,24 +56,10 @@ def _largest(scores: Float[Tensor, "r k"], group: int = 32) -> Int64[Tensor, "r 
     best = groups.amax(2).argmax(1, keepdim=True)
     return best * group + groups.gather(1, best[:, :, None].expand(-1, 1, group))[:, 0].argmax(1, keepdim=True)
 
-# %% ../nbs/lib/02c_categorical.ipynb #b0da9e1b
-_space = "vqstudy" if __name__ == "vqstudy.categorical" else "vqstudy_notebook"  # a notebook and the module may live in one process
-_library = torch.library.Library(_space, "FRAGMENT")
-
-def _operator(signature: str, like: Callable) -> Callable:
-    "Decorator: the function as an operator of torch; `like` makes empty results of the right shapes."
-    def register(function):
-        name = function.__name__.lstrip("_")
-        _library.define(name + signature)
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_space}::{name}", like, lib=_library)
-        return getattr(getattr(torch.ops, _space), name).default
-    return register
-
-# %% ../nbs/lib/02c_categorical.ipynb #69b3b3ef
+# %% ../nbs/lib/02c_categorical.ipynb #e7158ad0
 def _like_scan(x, keys, bias, values, weigh): return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), 1), x.new_empty(len(x), 0 if values is None else values.shape[1])
 
-@_operator("(Tensor x, Tensor keys, Tensor? bias, Tensor? values, bool weigh) -> (Tensor, Tensor, Tensor)", _like_scan)
+@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor? values, bool weigh) -> (Tensor, Tensor, Tensor)", _like_scan)
 def _scan(x, keys, bias, values, weigh):
     "Codes (n,); with weigh log sum exp of the logits (n, 1); with values their softmax mixture (n, e)."
     best, lse = x.new_full((2, len(x), 1), -torch.inf)
@@ -230,10 +216,10 @@ def attend(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values: Float[Te
     padded = (F.pad(t, (0, width - t.shape[1]))[None, None] for t in (x, keys, values))
     return F.scaled_dot_product_attention(*padded, scale=1.0)[0, 0, :, :values.shape[1]]
 
-# %% ../nbs/lib/02c_categorical.ipynb #3c17abf5
+# %% ../nbs/lib/02c_categorical.ipynb #30d397d5
 def _like_gradient(x, keys, bias, *_): return torch.empty_like(x), torch.empty_like(keys), x.new_empty(len(keys))
 
-@_operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse, Tensor s, Tensor? g, Tensor? values, Tensor? log_mean) -> (Tensor, Tensor, Tensor)", _like_gradient)
+@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse, Tensor s, Tensor? g, Tensor? values, Tensor? log_mean) -> (Tensor, Tensor, Tensor)", _like_gradient)
 def _router_gradient(x, keys, bias, lse, s, g, values, log_mean):
     "dL/dx, dL/dkeys, dL/dbias of dL/dlogits = p (v - s): v = g values^T, or log_mean - log p, or 0."
     dx, dkeys, dbias = torch.zeros_like(x), x.new_zeros(x.shape[1], len(keys)), x.new_zeros(len(keys))
@@ -282,8 +268,8 @@ def routed(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tens
         return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook), codes
     return _Routed.apply(x, keys, bias, codebook.view_as(codebook), gate)[:2]  # a graph takes no tensor twice, and a tied router has one
 
-# %% ../nbs/lib/02c_categorical.ipynb #6c2cda11
-@_operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse) -> (Tensor, Tensor)", lambda x, keys, bias, lse: (x.new_empty(len(keys)), torch.empty_like(lse)))
+# %% ../nbs/lib/02c_categorical.ipynb #27b67ad8
+@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse) -> (Tensor, Tensor)", lambda x, keys, bias, lse: (x.new_empty(len(keys)), torch.empty_like(lse)))
 def _softmax_means(x, keys, bias, lse):
     "Of p = softmax(x keys^T + bias): the mean over the rows (k,), and the rows' entropies (n, 1)."
     mean, entropy = x.new_zeros(len(keys)), x.new_zeros(len(x), 1)
