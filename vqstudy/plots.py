@@ -35,7 +35,7 @@ def look(method: str) -> dict[str, str]:
         raise ValueError(f"method must have one of {', '.join(COLOURS)} among its parts, got {method!r}")
     return {"color": found[0], "marker": {(False, False): "o", (True, False): "s", (False, True): "^", (True, True): "D"}["replace" in parts, "l2" in parts]}
 
-# %% ../nbs/lib/12_plots.ipynb #dc183a0d
+# %% ../nbs/lib/12_plots.ipynb #c3fffe76
 def figure_path(stem: str, suffix: str, scale: str = "", folder: Path | None = None) -> Path:
     "figures/<stem><suffix>, or figures/smoke/<stem><suffix> at smoke scale; its folder is made."
     folder = (folder or root() / "figures") / ("smoke" if scale == "smoke" else "")
@@ -45,6 +45,9 @@ def figure_path(stem: str, suffix: str, scale: str = "", folder: Path | None = N
 def save_figure(fig: Figure, stem: str, scale: str = "", folder: Path | None = None) -> Path:
     "Write figures/<stem>.svg without date, the same bytes each time."
     path = figure_path(stem, ".svg", scale, folder)
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # its last bits may differ from run to run, and the SVG's ids are hashes of them
+    for ax in fig.axes: ax.set_position([round(x, 5) for x in ax.get_position(original=True).bounds])
     fig.savefig(path, metadata={"Date": None})
     return path
 

@@ -7,8 +7,9 @@ __all__ = ['OUT_OF_TIME', 'Guard', 'end_children', 'adopt', 'alive', 'engine', '
            'execute', 'publish', 'run_cell', 'figure_state', 'drawn', 'draw', 'redraw', 'chosen', 'todo', 'overview',
            'report', 'main']
 
-# %% ../nbs/lib/11_study.ipynb #c418ee60
+# %% ../nbs/lib/11_study.ipynb #847c577a
 import argparse, ctypes, json, os, shutil, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Iterator, TextIO
@@ -235,32 +236,41 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #25578716
-def _has_results(stem: str) -> bool:
-    "Whether a figure has a table to read; one that no sweep names computes in place."
-    names = [name for name in sweeps() if stem in sweep(name)["figures"]]
-    return not names or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
+# %% ../nbs/lib/11_study.ipynb #fb0c8ba7
+def _toys() -> list[str]:
+    "Figures that no sweep names: they compute in place."
+    named = {stem for name in sweeps() for stem in sweep(name)["figures"]}
+    return sorted({path.stem for path in (root() / "nbs" / "figs").glob("*.ipynb")} - named)
 
-def redraw(stems: list[str]) -> int:
-    "Execute figure notebooks in place, all if none is named. Returns the number that failed; those stay as they were."
+def _has_results(stem: str) -> bool:
+    "Whether a figure has a table to read, or needs none."
+    names = [name for name in sweeps() if stem in sweep(name)["figures"]]
+    return stem in _toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
+
+def _redraw(path: Path) -> bool:
+    "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
     import nbformat
     from nbclient import NotebookClient
-    failed = 0
-    for path in [_figure(stem) for stem in stems] or sorted((root() / "nbs" / "figs").glob("*.ipynb")):
-        if not stems and not _has_results(path.stem):
-            print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
-            continue
-        book = nbformat.read(path, 4)
-        try: NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(root())}}).execute()
-        except Exception as error:
-            print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
-            failed += 1
-        else:
-            write(path, nbformat.writes(book) + "\n")
-            print(f"{path.stem}  drawn", flush=True)
-    return failed
+    book = nbformat.read(path, 4)
+    try: NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(root())}}).execute()
+    except Exception as error:
+        print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
+        return False
+    write(path, nbformat.writes(book) + "\n")
+    print(f"{path.stem}  drawn", flush=True)
+    return True
 
-# %% ../nbs/lib/11_study.ipynb #31b29fc1
+def redraw(stems: list[str]) -> int:
+    "Execute figure notebooks in place, all if none is named. Returns the number that failed."
+    paths = [_figure(stem) for stem in stems] or sorted((root() / "nbs" / "figs").glob("*.ipynb"))
+    waiting = [] if stems else [path for path in paths if not _has_results(path.stem)]
+    for path in waiting: print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
+    last = [path for path in paths if path.stem == "ledger"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = [*pool.map(_redraw, [path for path in paths if path not in (*waiting, *last)])]
+    return sum(not well for well in done + [*map(_redraw, last)])
+
+# %% ../nbs/lib/11_study.ipynb #e76afb90
 def chosen(names: str, scale: str) -> list[str]:
     "The sweeps that a text names, separated by blanks or commas; all of the scale if it is empty. Raises ValueError for an unknown scale."
     if scale not in SCALES: raise ValueError(f"scale was given {scale!r}; allowed: {', '.join(SCALES)}")
@@ -277,6 +287,7 @@ def todo(names: list[str], scale: str, missing: bool = False) -> tuple[list[Cell
         if run or late: tables.append(name)
         cells += run
         figures += [stem for stem in sweep(name)["figures"] if run or late or not drawn(stem, scale)]
+    if set(names) == set(sweeps(scale)): figures += [stem for stem in _toys() if not drawn(stem, scale)]
     return cells, tables, list(dict.fromkeys(figures))
 
 # %% ../nbs/lib/11_study.ipynb #3778651c
