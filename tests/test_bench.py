@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from vqstudy import bench, cells
+from vqstudy import bench, cells, peers
 from vqstudy.search import nearest
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_what_cannot_run_is_told():
 
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    given = bench.inputs("search", (20, 10, 4))
+    given = peers.inputs("search", (20, 10, 4))
     calls, skipped = bench.ready("search", given, only=["ours", "faiss"])
     assert list(calls) == ["ours"] and skipped["faiss"].startswith("not installed")
     flat = bench.metrics("search", bench.alternate(calls, 1), skipped)
@@ -58,7 +58,7 @@ def test_a_peer_that_is_too_large_is_not_tried():
 
 def test_every_reason_has_a_place():
     "Whatever `ready` and `alternate` say begins with one of REASONS, or a record could not keep it."
-    calls, skipped = bench.ready("search", bench.inputs("search", (20, 10, 4)), pairs=10**10)
+    calls, skipped = bench.ready("search", peers.inputs("search", (20, 10, 4)), pairs=10**10)
     assert {"vqpytorch", "compiled"} <= set(skipped)
     bench.metrics("search", bench.alternate(calls, 1, slow=0.0), skipped)
 
@@ -80,7 +80,7 @@ def test_peak_memory_of_a_peer_in_its_own_process():
     assert spent != spent and "cuda" in why
 
 
-@pytest.mark.parametrize("name", [name for name in bench.SEARCH if name not in bench.LIMITS])
+@pytest.mark.parametrize("name", [name for name in peers.SEARCH if name not in peers.LIMITS])
 def test_search_peers_agree_but_for_ties(name):
     torch.manual_seed(0)
     z, codebook = torch.randn(300, 16), torch.randn(70, 16)
@@ -92,9 +92,9 @@ def test_search_peers_agree_but_for_ties(name):
 
 
 def test_router_peers_give_the_same_gradients():
-    given = bench.inputs("router", (40, 30, 6))
+    given = peers.inputs("router", (40, 30, 6))
     calls, _ = bench.ready("router", given, only=["ours", "naive"])
-    (dz, dkeys), ours, naive = bench.router_gradients(*given, rows=7), calls["ours"](), calls["naive"]()
+    (dz, dkeys), ours, naive = peers.router_gradients(*given, rows=7), calls["ours"](), calls["naive"]()
     for found in (ours, naive): assert torch.allclose(found[0].double(), dz, atol=1e-5) and torch.allclose(found[1].double(), dkeys, atol=1e-5)
     assert torch.allclose(ours[2], naive[2], atol=1e-4)  # to the chosen code vectors
 
@@ -103,9 +103,9 @@ def test_router_peers_give_the_same_gradients():
 def test_calls_train(kind):
     "Each call of a kind runs twice, whatever it is made of."
     names = {"step": (), "recipes": ("none", "vq + ema + replace", "router"), "alternation": ("fused", "2 inner, equal updates")}[kind]
-    calls, skipped = bench.ready(kind, bench.inputs(kind, (16, 12, 4)), only=names)
+    calls, skipped = bench.ready(kind, peers.inputs(kind, (16, 12, 4)), only=names)
     run = bench.alternate(calls, 1)
-    assert not skipped and not run.skipped and set(run.times[0]) == set(names or bench.STEP)
+    assert not skipped and not run.skipped and set(run.times[0]) == set(names or peers.STEP)
 
 
 def tiny(table):
