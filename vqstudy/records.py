@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'STATUS', 'IDENTITY', 'write', 'locked', 'device', 'now', 'provenance', 'memory', 'number', 'picture',
            'text', 'merged', 'write_table', 'read_table', 'make_record', 'save_record', 'read_record', 'found', 'state',
-           'results_folder', 'slug', 'collect', 'in_results', 'results', 'histories', 'samples']
+           'results_folder', 'slug', 'collect', 'in_results', 'results', 'histories', 'samples', 'evidence', 'gathered']
 
 # %% ../nbs/lib/10b_records.ipynb #4d69362b
 import csv, datetime, fcntl, io, json, math, os, platform, re, resource, subprocess, sys, time
@@ -278,3 +278,35 @@ def samples(name: str, scale: str) -> dict[tuple[str, str], Path]:
     folder = results_folder(scale)
     kept = _read_notes(folder / f"{name}.json")["samples"]
     return {(note["dataset"], note["method"]): folder / "samples" / name / file for file, note in sorted(kept.items()) if note["scale"] == scale}
+
+# %% ../nbs/lib/10b_records.ipynb #e5f2e8e1
+def _plain(name: str, value: Any) -> dict[str, float | int | None]:
+    "An exact number, or a named tuple with effect (or mean), low, high and n, as a dict of numbers of six digits."
+    given = value._asdict() if hasattr(value, "_asdict") else dict(effect=value, low=value, high=value, n=0)
+    given = {"effect" if key == "mean" else key: number(f"{name}.{key}", x) for key, x in given.items()}
+    return {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in given.items()}
+
+def evidence(stem: str, found: dict[str, Any], scale: str = "") -> Path:
+    """Keep what the figure notebook `stem` found on claims, {claim id: exact number, Interval or Contrast}, for the ledger. scale: of the results it read; empty for a toy.
+
+    Raises FileNotFoundError if there is no such notebook, ValueError for no claim, TypeError for what is no number.
+    """
+    if not found: raise ValueError(f"evidence of {stem}: found is empty; it takes at least one claim")
+    whole = dict(notebook=stem, fingerprint=fingerprint(root() / "nbs" / "figs" / f"{stem}.ipynb"), scale=scale or "toy", claims={name: _plain(name, value) for name, value in found.items()})
+    path = results_folder(scale) / "toys" / f"{stem}.json"
+    write(path, json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return path
+
+# %% ../nbs/lib/10b_records.ipynb #a4a69ac5
+def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
+    "All evidence that figure notebooks have left, by claim: figure, scale, current (whether by the notebook's present code), contrast. Raises FileNotFoundError for evidence without its notebook, ValueError for a claim with two."
+    from vqstudy.stats import Contrast
+    claims: dict[str, dict[str, Any]] = {}
+    for path in sorted((results_folder(scale) / "toys").glob("*.json")):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        current = whole["fingerprint"] == fingerprint(root() / "nbs" / "figs" / f"{path.stem}.ipynb")
+        for name, values in whole["claims"].items():
+            if name in claims: raise ValueError(f"claim {name}: {claims[name]['figure']} and {path.stem} both give evidence; one must decide")
+            contrast = Contrast(**{key: math.nan if x is None else x for key, x in values.items()})
+            claims[name] = dict(figure=path.stem, scale=whole["scale"], current=current, contrast=contrast)
+    return claims

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'Guard', 'end_children', 'adopt', 'alive', 'engine', 'Run', 'wants_gpu', 'gpus', 'gpu', 'redirected',
-           'execute', 'publish', 'run_cell', 'figure_state', 'drawn', 'draw', 'redraw', 'chosen', 'todo', 'overview',
-           'report', 'main']
+           'execute', 'publish', 'run_cell', 'figure_state', 'drawn', 'draw', 'toys', 'redraw', 'chosen', 'todo',
+           'overview', 'report', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #847c577a
 import argparse, ctypes, json, os, shutil, subprocess, sys, tempfile, threading, time
@@ -236,8 +236,8 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #fb0c8ba7
-def _toys() -> list[str]:
+# %% ../nbs/lib/11_study.ipynb #893a9e07
+def toys() -> list[str]:
     "Figures that no sweep names: they compute in place."
     named = {stem for name in sweeps() for stem in sweep(name)["figures"]}
     return sorted({path.stem for path in (root() / "nbs" / "figs").glob("*.ipynb")} - named)
@@ -245,7 +245,7 @@ def _toys() -> list[str]:
 def _has_results(stem: str) -> bool:
     "Whether a figure has a table to read, or needs none."
     names = [name for name in sweeps() if stem in sweep(name)["figures"]]
-    return stem in _toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
+    return stem in toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
 
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
@@ -270,7 +270,7 @@ def redraw(stems: list[str]) -> int:
         done = [*pool.map(_redraw, [path for path in paths if path not in (*waiting, *last)])]
     return sum(not well for well in done + [*map(_redraw, last)])
 
-# %% ../nbs/lib/11_study.ipynb #e76afb90
+# %% ../nbs/lib/11_study.ipynb #732894be
 def chosen(names: str, scale: str) -> list[str]:
     "The sweeps that a text names, separated by blanks or commas; all of the scale if it is empty. Raises ValueError for an unknown scale."
     if scale not in SCALES: raise ValueError(f"scale was given {scale!r}; allowed: {', '.join(SCALES)}")
@@ -287,7 +287,7 @@ def todo(names: list[str], scale: str, missing: bool = False) -> tuple[list[Cell
         if run or late: tables.append(name)
         cells += run
         figures += [stem for stem in sweep(name)["figures"] if run or late or not drawn(stem, scale)]
-    if set(names) == set(sweeps(scale)): figures += [stem for stem in _toys() if not drawn(stem, scale)]
+    if set(names) == set(sweeps(scale)): figures += [stem for stem in toys() if not drawn(stem, scale)]
     return cells, tables, list(dict.fromkeys(figures))
 
 # %% ../nbs/lib/11_study.ipynb #3778651c
