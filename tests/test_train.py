@@ -305,3 +305,20 @@ def test_temperatures_are_annealed():
     def loss(m, x, y): seen.append(float(m.quantizer.temperature)); return linear_loss(m, x, y)
     fit(model, loss, small(16), Settings(epochs=1, batch_size=4), progress=False)
     assert seen == pytest.approx([0.01 ** (t / 4) for t in range(4)])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_on_the_network_with_momentum_at_a_constant_rate(momentum):
+    class Weight(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    model, w, v = Weight(), torch.tensor([1.0, -2.0]), torch.zeros(2)
+    fit(model, lambda m, x, y: (m.w.pow(2).sum() / 2, {}), pictures(16), Settings(epochs=2, batch_size=8, optimizer="sgd", momentum=momentum, lr=0.1, weight_decay=0.5, warmup=0.5, decay="constant"), progress=False)
+    for step in range(4):
+        v = momentum * v + w + 0.5 * w  # torch's form: the decay joins the gradient, the rate comes after the momentum
+        w = w - 0.1 * schedule(step, 4, 0.5, "constant") * v
+    assert torch.allclose(model.w, w, atol=1e-6) and schedule(3, 4, 0.5, "constant") == 1
+
+
+def test_bad_settings_of_sgd_are_named():
+    for bad, words in [({"optimizer": "adam"}, "optimizer must be 'adamw' or 'sgd', got 'adam'"), ({"momentum": 1.0}, "momentum must lie in 0..1, got 1.0"), ({"decay": "step"}, "'cosine' or 'constant', got 'step'")]:
+        with pytest.raises(ValueError, match=words): Settings(**bad)

@@ -33,14 +33,15 @@ def reproducible(seed: int, threads: int = 1, device: str = "auto") -> torch.dev
     torch.use_deterministic_algorithms(chosen.type == "cpu")
     return chosen
 
-# %% ../nbs/lib/08_train.ipynb #694e5112
-def schedule(step: int, total: int, warmup: float = 1 / 9) -> float:
-    "The factor of the learning rate at `step` of `total` steps; `warmup` is a share of the total."
+# %% ../nbs/lib/08_train.ipynb #cc96effa
+def schedule(step: int, total: int, warmup: float = 1 / 9, then: str = "cosine") -> float:
+    "The factor of the learning rate at `step` of `total` steps; `warmup` is a share of the total; then: \"cosine\" or \"constant\"."
     rise = warmup * total
     if step < rise: return (step + 1) / (rise + 1)
+    if then == "constant": return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/lib/08_train.ipynb #a5653b0a
+# %% ../nbs/lib/08_train.ipynb #376ee964
 @dataclass(frozen=True)
 class Settings:
     "What decides a run, apart from the model, the data and the seed. A checkpoint is only resumed under the settings that it was made with."
@@ -48,8 +49,11 @@ class Settings:
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 1e-4
+    optimizer: str = "adamw"             # or sgd; of the network
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.0                # of sgd, the network's and the codebook's
     warmup: float = 1 / 9                # share of all steps
+    decay: str = "cosine"                # of the learning rate after the warm-up, or constant
     codebook_optimizer: str = "adamw"    # or sgd
     codebook_lr: float = 1.0             # times lr
     clip: float | None = None            # largest norm of the gradient
@@ -65,24 +69,27 @@ class Settings:
         for name in ("epochs", "batch_size", "inner", "outer"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1: raise ValueError(f"warmup is a share of all steps in 0..1, got {self.warmup}")
-        if self.codebook_optimizer not in ("adamw", "sgd"): raise ValueError(f"codebook_optimizer must be 'adamw' or 'sgd', got {self.codebook_optimizer!r}")
+        if not 0 <= self.momentum < 1: raise ValueError(f"momentum must lie in 0..1, got {self.momentum}")
+        if self.decay not in ("cosine", "constant"): raise ValueError(f"decay must be 'cosine' or 'constant', got {self.decay!r}")
+        for name in ("optimizer", "codebook_optimizer"):
+            if getattr(self, name) not in ("adamw", "sgd"): raise ValueError(f"{name} must be 'adamw' or 'sgd', got {getattr(self, name)!r}")
         if self.autocast not in (None, "bfloat16", "float16"): raise ValueError(f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}")
 
-# %% ../nbs/lib/08_train.ipynb #a6488adf
+# %% ../nbs/lib/08_train.ipynb #889e5473
 def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer]:
-    """"network": AdamW; "codebook": AdamW or SGD without weight decay for whatever the codebooks learn (tables, affine maps).
+    """"network" and "codebook": AdamW or SGD each; the codebook's, for whatever codebooks learn (tables, affine maps), without weight decay.
 
     Each group knows its `base_lr`. One of the two is missing where there is nothing for it to learn.
     """
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    network, tables = [p for p in parameters if id(p) not in books], [p for p in parameters if id(p) in books]
-    rate, made = s.lr * s.codebook_lr, {}
-    if network: made["network"] = torch.optim.AdamW([{"params": network, "base_lr": s.lr}], s.lr, s.betas, weight_decay=s.weight_decay, fused=True)
-    group = [{"params": tables, "base_lr": rate}]
-    if tables and s.codebook_optimizer == "adamw": made["codebook"] = torch.optim.AdamW(group, rate, s.betas, weight_decay=0.0, fused=True)
-    if tables and s.codebook_optimizer == "sgd": made["codebook"] = torch.optim.SGD(group, rate, fused=True)
-    return made
+    def make(kind, learned, lr, weight_decay):
+        group = [{"params": learned, "base_lr": lr}]
+        if kind == "sgd": return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
+    parts = {"network": (s.optimizer, [p for p in parameters if id(p) not in books], s.lr, s.weight_decay),
+             "codebook": (s.codebook_optimizer, [p for p in parameters if id(p) in books], s.lr * s.codebook_lr, 0.0)}
+    return {name: make(*part) for name, part in parts.items() if part[1]}
 
 # %% ../nbs/lib/08_train.ipynb #8bf0731c
 class NonFiniteLoss(RuntimeError):
@@ -124,7 +131,7 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/08_train.ipynb #4043c9e9
+# %% ../nbs/lib/08_train.ipynb #9679dc22
 class _Loop:
     "Model, data, optimisers and how far they are."
     def __init__(self, model, loss_fn, x, y, s: Settings, device: torch.device):
@@ -140,11 +147,13 @@ class _Loop:
         self.per_epoch = len(x) // s.batch_size
         self.total = self.per_epoch * s.epochs
         self.step, self.history, self.seconds, self.sums, self.unchecked = 0, [], 0.0, {}, []
+        self.monitor, self.observed, self.instruments, self.apart = None, [], {}, 0.0
 
     def state(self) -> dict:
         return {"settings": asdict(self.s), "step": self.step, "history": self.history, "seconds": self.seconds, "sums": self.sums,
                 "model": self.model.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-                "scaler": self.scaler.state_dict(), "random": random_state(), "pending": [p.grad for p in self.tables()]}
+                "scaler": self.scaler.state_dict(), "random": random_state(), "pending": [p.grad for p in self.tables()],
+                "observed": self.observed, "instruments": self.instruments}
 
     def tables(self) -> list[Tensor]:
         "What an inner step teaches; alternation leaves gradients pending on it between steps."
@@ -159,6 +168,7 @@ class _Loop:
         for p, grad in zip(self.tables(), state["pending"], strict=True): p.grad = None if grad is None else grad.to(p)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self.observed, self.instruments = state["observed"], state["instruments"]
         self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
         set_random_state(state["random"])
 
@@ -171,7 +181,7 @@ def _batches(loop: _Loop):
         x = loop.x[rows].float().div_(255).contiguous(memory_format=loop.memory_format)
         yield x, None if loop.y is None else loop.y[rows]
 
-# %% ../nbs/lib/08_train.ipynb #3d06c2c5
+# %% ../nbs/lib/08_train.ipynb #cb9d676f
 def _check(loop: _Loop) -> None:
     "Raise NonFiniteLoss if one of the losses since the last check was not finite."
     pending, loop.unchecked = loop.unchecked, []
@@ -181,7 +191,7 @@ def _check(loop: _Loop) -> None:
 
 def _learn(loop: _Loop, names: tuple[str, ...]) -> None:
     "One step of the named optimisers at the present learning rate, which uses up their gradients."
-    factor = schedule(loop.step - 1, loop.total, loop.s.warmup)
+    factor = schedule(loop.step - 1, loop.total, loop.s.warmup, loop.s.decay)
     there = [loop.optimizers[name] for name in names if name in loop.optimizers]
     for group in (group for o in there for group in o.param_groups): group["lr"] = group["base_lr"] * factor
     if loop.s.clip is not None and "network" in names:
@@ -201,12 +211,24 @@ def _backward(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     loop.scaler.scale(loss).backward()
     return {"loss": loss.detach(), **parts}
 
+def _observe(loop: _Loop) -> None:
+    "Show the model to the monitor, just before the task's gradient is taken; keep what it returns, and its time apart from the training's."
+    if loop.monitor is None: return
+    if loop.device.type == "cuda": torch.cuda.synchronize()  # or it would wait for the training's work, and be charged for it
+    start = time.perf_counter()
+    if seen := loop.monitor(loop.model, loop.step - 1):
+        row, seconds = seen
+        loop.observed.append({"step": loop.step - 1, **row})
+        for name, value in seconds.items(): loop.instruments[name] = loop.instruments.get(name, 0.0) + value
+    loop.apart += time.perf_counter() - start
+
 def _advance(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
     "One training step: jointly, or alternated where a quantizer asks for it."
     for q in loop.quantizers: q.anneal(loop.step / loop.total)
     loop.step += 1
     if loop.alternating: logs = _alternate(loop, x, y)
     else:
+        _observe(loop)
         logs = _backward(loop, x, y)
         _learn(loop, ("network", "codebook"))
     loop.scaler.update()
@@ -228,7 +250,7 @@ def _attach(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
         with still(loop.model): return loop.scaler.scale(loop.model.decoder_loss(v, x, y))
     for q in loop.asking: q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #0aaa47ad
+# %% ../nbs/lib/08_train.ipynb #77ca433b
 class _Seen(Exception): "The quantizer has got its input; nothing after it is needed."
 
 def _latents(loop: _Loop, q: Quantizer, x: Tensor) -> Tensor:
@@ -254,7 +276,14 @@ def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     ys = [None] * len(xs) if y is None else y.tensor_split(len(xs))
     for part in () if fused else xs[:s.inner]:
         for q in loop.alternating: _inner(loop, q.inner_loss(_latents(loop, q, part)))
-    for q in loop.alternating: q.inner_step = (lambda loss: _inner(loop, loss)) if fused else None
+    if not fused: _observe(loop)
+    left = len(loop.alternating)
+    def step(loss):
+        nonlocal left
+        _inner(loop, loss)
+        left -= 1
+        if left == 0: _observe(loop)  # all codebooks have moved
+    for q in loop.alternating: q.inner_step = step if fused else None
     try:
         for part, labels in zip(xs[0 if fused else s.inner:], ys[0 if fused else s.inner:]):
             logs = _backward(loop, part, labels)
@@ -263,7 +292,7 @@ def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         for q in loop.alternating: q.inner_step = None
     return logs
 
-# %% ../nbs/lib/08_train.ipynb #f55c15fe
+# %% ../nbs/lib/08_train.ipynb #86666827
 def _close_epoch(loop: _Loop, evaluate: Callable[[nn.Module], dict] | None) -> None:
     "Append the epoch's row of history: means of the training losses, and what `evaluate(model)` measures."
     row = {"epoch": loop.step // loop.per_epoch, **{k: float(v) / loop.per_epoch for k, v in loop.sums.items()}}
@@ -276,26 +305,28 @@ def _close_epoch(loop: _Loop, evaluate: Callable[[nn.Module], dict] | None) -> N
 
 def _epoch(loop: _Loop, save: Callable[[], None], save_every: float, deadline: float | None, bar: tqdm) -> None:
     "Train to the end of the present epoch; save now and then, and stop at the deadline."
-    start, saved = time.perf_counter(), time.perf_counter()
+    def clock(): return time.perf_counter() - loop.apart
+    start = saved = clock()
     before = loop.seconds
     for x, y in _batches(loop):
         _advance(loop, x, y)
         bar.update()
-        now, inside = time.perf_counter(), loop.step % loop.per_epoch > 0
+        now, inside = clock(), loop.step % loop.per_epoch > 0
         loop.seconds = before + now - start
         late = deadline is not None and time.time() > deadline
-        if inside and (late or now - saved > save_every): save(); saved = time.perf_counter()
+        if inside and (late or now - saved > save_every): save(); saved = clock()
         if inside and late: raise OutOfTime(f"out of time at step {loop.step} of {loop.total}")
     _check(loop)  # also waits for the GPU, so that the clock counts its work
-    loop.seconds = before + time.perf_counter() - start
+    loop.seconds = before + clock() - start
 
-# %% ../nbs/lib/08_train.ipynb #9b46e730
+# %% ../nbs/lib/08_train.ipynb #a55a0a3b
 @dataclass
 class Fitted:
-    "What `fit` returns: the trained model, one row of history an epoch, and what it cost."
+    "What `fit` returns: the trained model, one row of history an epoch, what it cost, and the rows of its monitor, one a step that it chose."
     model: nn.Module
     history: list[dict]
     cost: dict[str, float] = field(default_factory=dict)
+    observed: list[dict] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -319,12 +350,15 @@ def fit(
     *,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,  # after every epoch, in eval mode, without gradients
     checkpoint: Path | str | None = None,  # written after every epoch and every `save_every` seconds; resumed from if it is there
-    save_every: float = 60.0,
+    save_every: float = 60.0,              # seconds of training
+    monitor: Callable[[nn.Module, int], tuple[dict, dict] | None] | None = None,  # in every step, just before the task's gradient: a row and its seconds, or None
     deadline: float | None = None,         # unix time at which to stop
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Fitted:
     """Train `model` and measure it after every epoch; on a CPU with one thread a resumed run is bit for bit the uninterrupted one.
+
+    monitor(model, step), such as `measure.Monitor`, must leave the model as it is; step counts from 0, the steps before this one.
 
     Raises NonFiniteLoss (step, loss, last good checkpoint), OutOfTime at the deadline after saving, ValueError for a batch larger than
     the set or a checkpoint made under other settings.
@@ -333,6 +367,7 @@ def fit(
     checkpoint = None if checkpoint is None else Path(checkpoint)
     _check_model(model, settings)
     loop = _Loop(model, loss_fn, data.x, data.y, settings, torch.device(device))
+    loop.monitor = monitor
     if checkpoint is not None and checkpoint.exists(): loop.load(load_checkpoint(checkpoint), checkpoint.name)
 
     def save():
@@ -350,4 +385,5 @@ def fit(
         except (NonFiniteLoss, OutOfTime) as error:
             there = checkpoint is not None and checkpoint.exists()
             raise type(error)(f"{error}; last good checkpoint: {checkpoint if there else 'none'}") from None
-    return Fitted(model, loop.history, {"steps": loop.total, "train_seconds": loop.seconds, "seconds_per_step": loop.seconds / max(1, loop.total)})
+    cost = {"steps": loop.total, "train_seconds": loop.seconds, "seconds_per_step": loop.seconds / max(1, loop.total)}
+    return Fitted(model, loop.history, cost | {f"monitor_{name}_seconds": value for name, value in loop.instruments.items()}, loop.observed)
