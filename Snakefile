@@ -33,6 +33,12 @@ def quiet(record):
 def sweep_cells(wildcards):
     return [f"{wildcards.call}/cell/{cell.id}" for cell in CELLS if cell.sweep == wildcards.sweep]
 
+def figure_inputs(wildcards):
+    "The tables that a figure reads; the ledger reads all of them, and the evidence that other figures leave."
+    last = wildcards.figure == "ledger"
+    tables = [f"{wildcards.call}/table/{name}" for name in TABLES if last or wildcards.figure in study.sweep(name)["figures"]]
+    return tables + [f"{wildcards.call}/figure/{stem}" for stem in FIGURES if last and stem != "ledger"]
+
 if not config.get("verbose"): logger.addFilter(quiet)
 wildcard_constraints: call=f"{FLAGS}/[^/]+", cell="[^/]+", sweep="[^/]+", figure="[^/]+"
 
@@ -53,7 +59,7 @@ rule table:
     shell: "{PYTHON} -m vqstudy.study collect --scale {SCALE} --sweep {wildcards.sweep} > /dev/null"
 
 rule figure:
-    input: lambda wildcards: [f"{wildcards.call}/table/{name}" for name in TABLES if wildcards.figure in study.sweep(name)["figures"]]
+    input: figure_inputs
     output: touch("{call}/figure/{figure}")
     localrule: True
     shell: "{PYTHON} -m vqstudy.study draw --scale {SCALE} {wildcards.figure}"

@@ -160,7 +160,7 @@ def test_failing_cell_then_changed_module(tmp_path):
     project = Project(tmp_path, walks="{notebook: walk, metric: distance, figures: [walks], grid: {method: [quick, bad]}, scales: {smoke: {}}}",
                       talks="{notebook: talk, seeds: [0, 1], scales: {smoke: {}}}")
     code, said = project.make("dry-run")
-    assert code == 0 and "4 of 4 cells would run" in said and not (tmp_path / "data/runs").exists()
+    assert code == 0 and "4 of 4 cells would run" in said and "predicted machine time: unknown" in said and not (tmp_path / "data/runs").exists()
     code, said = project.make("study")
     assert code != 0 and project.methods() == ["quick", "talk", "talk"]
     failed = re.search(r"FAILED: KeyError: 'no way'\n  notebook (.*)\n  log      (.*)\n", said)
@@ -172,7 +172,7 @@ def test_failing_cell_then_changed_module(tmp_path):
     before = project.records()
     (tmp_path / "vqstudy/toy.py").write_text("def walk(method, seed): return seed + .75\n")
     code, said = project.make("dry-run")
-    assert "2 of 4 cells would run" in said and " stale " in said
+    assert "2 of 4 cells would run" in said and " stale " in said and re.search(r"predicted machine time: \d+\.\d min \(\d+\.\d min summed over \d+ cores\)\n", said)
     code, said = project.make("study")
     assert code == 0, said
     after = project.records()

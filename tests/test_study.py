@@ -97,6 +97,10 @@ def test_fingerprint_sees_code_and_nothing_else(project):
     ("[]", "wants a mapping"), ("{notebook: walk", "no YAML"), ("{notebook: walk, scales: {tiny: {}}}", "unknown scale tiny"),
     ("{notebook: walk, scales: {desk: {girds: {}}}}", "unknown key 'girds'"), ("{notebook: walk, grid: {seed: 1}, scales: {desk: {}}}", "wants a list"),
     ("{notebook: walk, fixed: {seed: 1}, seeds: [1], scales: {desk: {}}}", "name it once"), ("{notebook: walk, seeds: 3, scales: {desk: {}}}", "wants list"),
+    ("{notebook: walk, grid: 3, scales: {desk: {}}}", "grid is 3, wants dict or list"), ("{notebook: walk, grid: [3], scales: {desk: {}}}", "wants a mapping or a list"),
+    ("{notebook: walk, grid: [], scales: {desk: {}}}", "wants a mapping or a list"), ("{notebook: walk, scales: {desk: {grid: [{steps: [1]}, [2]]}}}", "scale desk: grid is .* list of mappings"),
+    ("{notebook: walk, grid: [{steps: [1]}, {steps: [2]}], scales: {desk: {grid: [{lr: [0.5]}, {lr: [1.5]}]}}}", "both list several grids"),
+    ("{notebook: walk, grid: [{steps: [1]}, {steps: [1]}], scales: {desk: {}}}", "listed twice"),
     ("{notebook: nowhere, scales: {desk: {}}}", "there is no nbs/runs/nowhere.ipynb")])
 def test_wrong_sweeps_are_refused(project, sweep, why):
     (project / "nbs/sweeps/wrong.yaml").write_text(sweep)
@@ -203,3 +207,56 @@ def test_checkpoint_belongs_to_cell_and_code(project, monkeypatch):
 def test_command_line_starts_light():
     code = "import sys; import vqstudy.study; print([m for m in ('torch', 'pandas', 'papermill', 'numpy', 'psutil', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def values(name, scale, *keys): return [tuple(cell.parameters[key] for key in keys) for cell in cells.plan(name, scale)]
+
+
+def test_several_grids_follow_one_another(project):
+    write = lambda text: (project / "nbs/sweeps/grids.yaml").write_text(text)
+    write("{notebook: walk, fixed: {lr: 0.5}, grid: {method: [a, b, c]}, seeds: [0, 1], scales: {desk: {grid: [{method: [a]}, {method: [b, c], lr: [2.0]}]}, gpu: {fixed: {steps: 9}}}}")
+    assert values("grids", "desk", "method", "lr", "seed") == [("a", .5, 0), ("a", .5, 1), ("b", 2., 0), ("b", 2., 1), ("c", 2., 0), ("c", 2., 1)]
+    assert values("grids", "gpu", "method", "lr", "steps") == [(method, .5, 9) for method in "aabbcc"]
+    write("{notebook: walk, grid: [{method: [a]}, {method: [b], lr: [2.0]}], scales: {desk: {grid: {steps: [4, 5]}}, gpu: {fixed: {lr: 7.0}}}}")
+    assert values("grids", "desk", "method", "lr", "steps") == [("a", .1, 4), ("a", .1, 5), ("b", 2., 4), ("b", 2., 5)]
+    assert values("grids", "gpu", "method", "lr") == [("a", 7.), ("b", 7.)]
+
+
+def test_predicted_time_is_that_of_the_method_then_of_the_sweep(project):
+    def leave_seconds(cell, seconds, status="done"):
+        records.save_record(cell.folder, records.make_record(cell.id, cell.parameters, dict(fingerprint="older"), status, cost=dict(seconds=seconds)))
+    planned = cells.plan("walks", "desk")  # a 0, a 1, b 0, b 1
+    assert study.predicted(planned) == {cell.id: None for cell in planned}
+    assert study.forecast(planned, ["walks"], "desk") == "predicted machine time: unknown"
+    leave_seconds(planned[0], 60)
+    leave_seconds(planned[2], 1, "diverged")
+    assert list(study.predicted(planned).values()) == [60, 60, 60, 60]
+    records.collect("walks", "desk")
+    leave_seconds(planned[2], 240)
+    (planned[0].folder / "record.json").unlink()  # the results remember it
+    assert list(study.predicted(planned).values()) == [60, 60, 240, 240]
+    cores = os.cpu_count()
+    assert study.forecast(planned[1:], ["walks"], "desk") == f"predicted machine time: {9 / cores:.1f} min (9.0 min summed over {cores} cores)"
+    (project / "nbs/sweeps/others.yaml").write_text("{notebook: walk, fixed: {steps: 8}, scales: {desk: {}}}")
+    said = study.forecast(planned + cells.plan("others", "desk"), ["walks", "others"], "desk").splitlines()
+    assert "10.0 min summed" in said[0] and said[0].endswith("and 1 cells unknown") and said[2] == "  others: 1 cells, unknown"
+
+
+def trials(project, found, sweep="{notebook: walk, metric: metric, grid: [{method: [a, b], steps: [1, 2]}, {method: [c], lr: [1.0, 2.0]}], seeds: [7, 8], scales: {desk: {}}}"):
+    (project / "nbs/sweeps/tries.yaml").write_text(sweep)
+    for cell, (metric, status) in zip(cells.plan("tries", "desk"), found): leave(cell, metric, status)
+    records.collect("tries", "desk")
+    return study.choice("tries", "desk")
+
+
+def test_choice_takes_the_least_mean_over_seeds_and_nothing_that_diverged(project):
+    ok = [(metric, "done") for metric in (1, 9, 4, 4, 3, 3, 2, 2)]
+    assert trials(project, [*ok, (1, "diverged"), (1, "done"), (7, "done"), (8, "done")]) == dict(a=dict(steps=2), b=dict(steps=2), c=dict(lr=2.))
+    assert study.declared(study.choice("tries", "desk")) == '- {"method": ["a", "b"], "steps": [2]}\n- {"method": ["c"], "lr": [2.0]}'
+
+
+def test_choice_refuses_what_is_not_whole_or_not_equal(project):
+    with pytest.raises(ValueError, match="7 of 12 trials are not in the results"): trials(project, [(1, "done")] * 5)
+    with pytest.raises(ValueError, match="no trial ended well of c"): trials(project, [(1, "done")] * 8 + [(1, "failed")] * 4)
+    with pytest.raises(ValueError, match="different numbers of trials: {'a': 2, 'b': 1}"):
+        trials(project, [(1, "done")] * 3, "{notebook: walk, metric: metric, grid: [{method: [a], steps: [1, 2]}, {method: [b]}], scales: {desk: {}}}")

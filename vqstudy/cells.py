@@ -147,17 +147,17 @@ class Cell:
         known = {name: f"seed {value}" if name == "seed" else str(value) for name, value in self.parameters.items()}
         return " · ".join(known[name] for name in ("method", "dataset", "seed") if name in known)
 
-# %% ../nbs/lib/10a_cells.ipynb #f3ce6dfe
+# %% ../nbs/lib/10a_cells.ipynb #fdb6d9cc
 SCALES = ("smoke", "desk", "gpu", "paper")
-_KEYS = {"notebook": str, "figures": list, "metric": str, "fixed": dict, "grid": dict, "seeds": list, "scales": dict}
+_KEYS = {"notebook": (str,), "figures": (list,), "metric": (str,), "fixed": (dict,), "grid": (dict, list), "seeds": (list,), "scales": (dict,)}
 
-def _typed(table: Any, allowed: dict[str, type], where: str) -> dict[str, Any]:
+def _typed(table: Any, allowed: dict[str, tuple[type, ...]], where: str) -> dict[str, Any]:
     "A mapping of a sweep with the allowed keys and types, empty ones where it has none. Raises ValueError or TypeError."
     if not isinstance(table, dict): raise TypeError(f"{where}: is {type(table).__name__}, wants a mapping of {', '.join(allowed)}")
     for key, value in table.items():
         if key not in allowed: raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(allowed)}")
-        if not isinstance(value, allowed[key]): raise TypeError(f"{where}: {key} is {value!r}, wants {allowed[key].__name__}")
-    return {key: table.get(key, kind()) for key, kind in allowed.items()}
+        if not isinstance(value, allowed[key]): raise TypeError(f"{where}: {key} is {value!r}, wants {' or '.join(kind.__name__ for kind in allowed[key])}")
+    return {key: table.get(key, kinds[0]()) for key, kinds in allowed.items()}
 
 # %% ../nbs/lib/10a_cells.ipynb #7581f531
 def sweep(name: str) -> dict[str, Any]:
@@ -176,10 +176,15 @@ def sweeps(scale: str | None = None) -> list[str]:
     names = sorted(path.stem for path in (root() / "nbs" / "sweeps").glob("*.yaml"))
     return [name for name in names if scale is None or scale in sweep(name)["scales"]]
 
-# %% ../nbs/lib/10a_cells.ipynb #5e6626c5
-def _axes(table: dict[str, Any], scale: str, where: str) -> dict[str, list]:
-    "The values of every parameter that a sweep sets at a scale, in the order they are crossed."
-    change = _typed(table["scales"][scale], {key: _KEYS[key] for key in ("fixed", "grid", "seeds")}, f"{where}, scale {scale}")
+# %% ../nbs/lib/10a_cells.ipynb #8e0dc1d9
+def _grids(table: dict[str, Any], where: str) -> list[dict[str, list]]:
+    "The grids of a sweep or of one of its scales. Raises TypeError for what is none."
+    grids = table["grid"] if isinstance(table["grid"], list) else [table["grid"]]
+    if grids and all(isinstance(grid, dict) for grid in grids): return grids
+    raise TypeError(f"{where}: grid is {table['grid']!r}, wants a mapping or a list of mappings")
+
+def _axes(table: dict[str, Any], change: dict[str, Any], where: str) -> dict[str, list]:
+    "The values of every parameter that a sweep with one grid sets at a scale which changes it, in the order they are crossed."
     fixed = {key: value for key, value in table["fixed"].items() if key not in change["grid"]} | change["fixed"]
     grid = {key: value for key, value in table["grid"].items() if key not in change["fixed"]} | change["grid"]
     grid |= {"seed": change["seeds"] or table["seeds"]} if change["seeds"] or table["seeds"] else {}
@@ -188,14 +193,22 @@ def _axes(table: dict[str, Any], scale: str, where: str) -> dict[str, list]:
         if not (isinstance(values, list) and values): raise ValueError(f"{where}: grid {key!r} is {values!r}, wants a list of values")
     return {key: [value] for key, value in fixed.items()} | grid
 
-# %% ../nbs/lib/10a_cells.ipynb #cb229124
+def _asked(table: dict[str, Any], scale: str, where: str) -> list[dict[str, Any]]:
+    "What a sweep sets in each of its cells at a scale. Raises ValueError or TypeError."
+    change = _typed(table["scales"][scale], {key: _KEYS[key] for key in ("fixed", "grid", "seeds")}, f"{where}, scale {scale}")
+    base, new = _grids(table, where), _grids(change, f"{where}, scale {scale}")
+    if len(base) > 1 < len(new): raise ValueError(f"{where}: the sweep and its scale {scale} both list several grids; one of them may")
+    axes = [_axes(table | {"grid": grid}, change | {"grid": other}, where) for grid in base for other in new]
+    return [dict(zip(each, values)) for each in axes for values in itertools.product(*each.values())]
+
+# %% ../nbs/lib/10a_cells.ipynb #f127fee9
 def plan(name: str, scale: str) -> list[Cell]:
     "The cells of a sweep at a scale. Raises ValueError or TypeError for whatever its notebook does not take, naming the sweep."
     table, where = sweep(name), f"{name}.yaml"
     if scale not in table["scales"]: raise ValueError(f"{where}: no scale {scale!r}; it has: {', '.join(table['scales'])}")
-    axes, stem = _axes(table, scale, where), table["notebook"]
+    wanted, stem = _asked(table, scale, where), table["notebook"]
     try:
-        asked = [check(stem, dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+        asked = [check(stem, given) for given in wanted]
         code = fingerprint(stem)
     except (ValueError, TypeError, FileNotFoundError) as error: raise type(error)(f"{where}: {error}") from None
     cells = [Cell(cell_id(stem, p), stem, p, name, scale, code, table["metric"]) for p in asked]

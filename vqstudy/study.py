@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'Guard', 'end_children', 'adopt', 'alive', 'engine', 'Run', 'wants_gpu', 'gpus', 'gpu', 'redirected',
            'execute', 'publish', 'run_cell', 'figure_state', 'drawn', 'draw', 'toys', 'redraw', 'chosen', 'todo',
-           'overview', 'report', 'main']
+           'predicted', 'forecast', 'overview', 'report', 'choice', 'declared', 'main']
 
-# %% ../nbs/lib/11_study.ipynb #847c577a
+# %% ../nbs/lib/11_study.ipynb #8e85d6fc
 import argparse, ctypes, json, os, shutil, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Iterator, TextIO
 from .cells import SCALES, Cell, _hash, cell_id, check, fingerprint, notebook_path, parameters, plan, root, sweep, sweeps
-from .records import (collect, found, in_results, locked, make_record, memory, now, provenance, read_record, results_folder, save_record,
-                             state, write)
+from .records import (collect, found, in_results, locked, make_record, memory, now, provenance, read_record, read_table, results_folder,
+                             save_record, state, text, write)
 
 # %% ../nbs/lib/11_study.ipynb #98bc20f2
 class Guard(threading.Thread):
@@ -270,7 +271,7 @@ def redraw(stems: list[str]) -> int:
         done = [*pool.map(_redraw, [path for path in paths if path not in (*waiting, *last)])]
     return sum(not well for well in done + [*map(_redraw, last)])
 
-# %% ../nbs/lib/11_study.ipynb #732894be
+# %% ../nbs/lib/11_study.ipynb #5fb0ecf9
 def chosen(names: str, scale: str) -> list[str]:
     "The sweeps that a text names, separated by blanks or commas; all of the scale if it is empty. Raises ValueError for an unknown scale."
     if scale not in SCALES: raise ValueError(f"scale was given {scale!r}; allowed: {', '.join(SCALES)}")
@@ -287,10 +288,44 @@ def todo(names: list[str], scale: str, missing: bool = False) -> tuple[list[Cell
         if run or late: tables.append(name)
         cells += run
         figures += [stem for stem in sweep(name)["figures"] if run or late or not drawn(stem, scale)]
-    if set(names) == set(sweeps(scale)): figures += [stem for stem in toys() if not drawn(stem, scale)]
+    if set(names) == set(sweeps(scale)):
+        figures += [stem for stem in toys() if not drawn(stem, scale) or stem == "ledger" and (tables or figures)]
     return cells, tables, list(dict.fromkeys(figures))
 
-# %% ../nbs/lib/11_study.ipynb #3778651c
+# %% ../nbs/lib/11_study.ipynb #40f463bc
+def predicted(cells: list[Cell]) -> dict[str, float | None]:
+    "Seconds that cells will take by cell id, from the records of a whole sweep at one scale; None where there are none."
+    if not cells: return {}
+    table = read_table(results_folder(cells[0].scale) / f"{cells[0].sweep}.csv")
+    rows = {row["cell"]: row.get("seconds") for row in table if (row["scale"], row["status"]) == (cells[0].scale, "done")}
+    took: dict[str, list[float]] = {}
+    for cell in cells:
+        record = found(cell)
+        seconds = record.get("cost", {}).get("seconds") if record and record["status"] == "done" else rows.get(cell.id)
+        if seconds: took.setdefault(cell.parameters.get("method", ""), []).append(float(seconds))
+    whole = [seconds for group in took.values() for seconds in group]
+    return {cell.id: fmean(took.get(cell.parameters.get("method", ""), whole)) if whole else None for cell in cells}
+
+def _span(cells: list[Cell], known: dict[str, float | None]) -> str:
+    "The time of cells on this machine, all its cores (or GPUs) at work, and summed over them."
+    timed = [(cell, known[cell.id]) for cell in cells if known[cell.id] is not None]
+    cpu = sum(seconds * cell.parameters.get("threads", 1) for cell, seconds in timed if not wants_gpu(cell))
+    gpu = sum(seconds for cell, seconds in timed if wants_gpu(cell))
+    slots = max(1, len(gpus())) * int(os.environ.get("VQSTUDY_GPU_SLOTS", 1))
+    summed = [f"{seconds / 60:.1f} min summed over {n} {what}" for seconds, n, what in ((cpu, os.cpu_count(), "cores"), (gpu, slots, "GPU slots")) if seconds]
+    if not timed: return "unknown"
+    unknown = f", and {len(cells) - len(timed)} cells unknown" if len(cells) > len(timed) else ""
+    return f"{max(cpu / os.cpu_count(), gpu / slots) / 60:.1f} min ({', '.join(summed)}){unknown}"
+
+def forecast(cells: list[Cell], names: list[str], scale: str) -> str:
+    "What cells will take, a line for each sweep that has some of them and one for all; by the times of records."
+    each = {name: [cell for cell in cells if cell.sweep == name] for name in names}
+    known = {id: seconds for name in names if each[name] for id, seconds in predicted(plan(name, scale)).items()}
+    lines = [f"  {name}: {len(mine)} cells, {_span(mine, known)}" for name, mine in each.items() if mine]
+    unique = list({cell.id: cell for cell in cells}.values())
+    return "\n".join([f"predicted machine time: {_span(unique, known)}", *(lines if len(lines) > 1 else [])]) if cells else ""
+
+# %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
     "A table of all cells with their state here and in the results, and what a study would do."
     run, tables, figures = todo(names, scale, missing)
@@ -300,7 +335,8 @@ def overview(names: list[str], scale: str, missing: bool = False) -> str:
         rows = in_results(planned)
         lines += [f"{c.id:36} {state(c):8} {rows[c.id]:8} {'runs' if (name, c.id) in wanted else '':5} {name}: {c.label}" for c in planned]
     total = sum(len(plan(name, scale)) for name in names)
-    return "\n".join(lines + [f"{len({c.id for c in run})} of {total} cells would run, {len(tables)} tables be collected, {len(figures)} figures drawn"])
+    ending = f"{len({c.id for c in run})} of {total} cells would run, {len(tables)} tables be collected, {len(figures)} figures drawn"
+    return "\n".join(filter(None, [*lines, ending, forecast(run, names, scale)]))
 
 # %% ../nbs/lib/11_study.ipynb #85e6b844
 def _trouble(cell: Cell) -> str:
@@ -319,22 +355,60 @@ def report(names: list[str], scale: str) -> str:
     ending = f"{late}{done} of {len(cells)} cells done" + (f"; `{again}` goes on" if done < len(cells) else "")
     return "\n".join([*filter(None, map(_trouble, cells)), ending])
 
-# %% ../nbs/lib/11_study.ipynb #116c24b4
+# %% ../nbs/lib/11_study.ipynb #76edf24d
+def _trials(cells: list[Cell], rows: dict[str, dict[str, str]]) -> list[tuple[float, dict[str, Any]]]:
+    "Mean metric over seeds (infinite where one failed or diverged) and setting of every trial of one method."
+    varies = [name for name in cells[0].parameters if name != "seed" and len({text(cell.parameters[name]) for cell in cells}) > 1]
+    scores: dict[str, list[float]] = {}
+    settings = {}
+    for cell in cells:
+        setting = {name: cell.parameters[name] for name in varies}
+        row, key = rows[cell.id], json.dumps(setting)
+        scores.setdefault(key, []).append(float(row[cell.metric]) if row["status"] == "done" and row[cell.metric] else float("inf"))
+        settings[key] = setting
+    return [(fmean(scores[key]), settings[key]) for key in settings]
+
+def choice(name: str, scale: str) -> dict[str, dict[str, Any]]:
+    """By method, the setting with the least metric of a tuning sweep, by its table in the results: the values of whatever varies within the method.
+
+    Raises ValueError for trials without a row, for methods with different numbers of trials, and for a method of which no trial ended well.
+    """
+    planned = plan(name, scale)
+    rows = {row["cell"]: row for row in read_table(results_folder(scale) / f"{name}.csv") if row["scale"] == scale}
+    missing = sum(cell.id not in rows for cell in planned)
+    if missing: raise ValueError(f"{name}, scale {scale}: {missing} of {len(planned)} trials are not in the results; `make study SCALE={scale} SWEEP={name}` runs them")
+    methods = dict.fromkeys(cell.parameters["method"] for cell in planned)
+    trials = {method: _trials([cell for cell in planned if cell.parameters["method"] == method], rows) for method in methods}
+    if len({len(tried) for tried in trials.values()}) > 1: raise ValueError(f"{name}, scale {scale}: methods have different numbers of trials: { {m: len(t) for m, t in trials.items()} }")
+    best = {method: min(tried, key=lambda trial: trial[0]) for method, tried in trials.items()}
+    if lost := [method for method, (score, _) in best.items() if score == float("inf")]: raise ValueError(f"{name}, scale {scale}: no trial ended well of {', '.join(lost)}")
+    return {method: setting for method, (_, setting) in best.items()}
+
+# %% ../nbs/lib/11_study.ipynb #5d8100b7
+def declared(choices: dict[str, dict[str, Any]]) -> str:
+    "Choices as the grids of a sweep's YAML: methods with equal settings together, a line each."
+    groups: dict[str, list[str]] = {}
+    for method, setting in choices.items(): groups.setdefault(json.dumps({name: [value] for name, value in setting.items()}), []).append(method)
+    return "\n".join(f"- {json.dumps({'method': methods} | json.loads(setting))}" for setting, methods in groups.items())
+
+# %% ../nbs/lib/11_study.ipynb #7e7bc20a
 def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vqstudy.study", description="Plan, run, collect and draw the cells of a study.")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = dict(plan="list the cells: what is here, what is in the results, what would run", cell="run one cell", collect="merge records into the results",
-                 draw="draw one figure at a scale", redraw="draw the committed figures in place from the committed results")
+                 draw="draw one figure at a scale", redraw="draw the committed figures in place from the committed results",
+                 choose="print what a tuning sweep chose, as the grids of a sweep")
     parts = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
-    for name in ("plan", "cell", "collect", "draw"): parts[name].add_argument("--scale", default="smoke", choices=SCALES)
+    for name in ("plan", "cell", "collect", "draw", "choose"): parts[name].add_argument("--scale", default="smoke", choices=SCALES)
     for name in ("plan", "cell", "collect"): parts[name].add_argument("--sweep", default="", help="a sweep's name; several or none (all) for plan and collect")
     parts["plan"].add_argument("--missing", action="store_true", help="leave out what the results have already")
+    parts["choose"].add_argument("--sweep", required=True, help="the tuning sweep's name")
     parts["cell"].add_argument("--cell", required=True, help="the cell's id")
     parts["draw"].add_argument("figure", help="the stem of a notebook in nbs/figs")
     parts["redraw"].add_argument("figures", nargs="*", help="stems of notebooks in nbs/figs; all if none")
     return parser.parse_args(words)
 
-# %% ../nbs/lib/11_study.ipynb #39148944
+# %% ../nbs/lib/11_study.ipynb #5df85d33
 def main(words: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     given = _arguments(words)
@@ -343,7 +417,8 @@ def main(words: list[str] | None = None) -> int:
         if given.command == "draw": return draw(given.figure, given.scale)
         if given.command == "redraw": return redraw(given.figures)
         names = chosen(given.sweep, given.scale)
-        if given.command == "plan": print(overview(names, given.scale, given.missing))
+        if given.command == "choose": print(declared(choice(given.sweep, given.scale)))
+        elif given.command == "plan": print(overview(names, given.scale, given.missing))
         else: print(*(collect(name, given.scale).relative_to(root()) for name in names), sep="\n")
         return 0
     except (ValueError, TypeError, RuntimeError, FileNotFoundError, TimeoutError, ProcessLookupError) as error:
