@@ -48,7 +48,7 @@ def test_coverage_is_why_students_interval_decides(n, t, b):
 def said_again(low, high, says, s):
     "The rule in other words: where can the true effect be?"
     if says == "lower": low, high, says = -high, -low, "higher"
-    shown = {"higher": lambda x: x > s, "equal": lambda x: -s < x < s}[says]
+    shown = {"higher": lambda x: x > s, "equal": lambda x: -s < x < s, "not higher": lambda x: x < s, "not lower": lambda x: x > -s}[says]
     inside = np.array([shown(x) for x in np.linspace(low, high, 4001)])
     return "reproduced" if inside.all() else "contradicted" if not inside.any() else "undecided"
 
@@ -74,6 +74,13 @@ def test_a_run_that_diverged_is_never_in_its_own_favour():
     assert verdict(good._replace(up=1), "lower", 1) == "undecided" and verdict(good._replace(down=1), "lower", 1) == "reproduced"
     assert verdict(good._replace(up=1), "higher", 1) == "undecided" and verdict(good._replace(down=1), "higher", 1) == "contradicted"
     assert verdict(Contrast(*[math.nan] * 3, up=5), "lower", 1) == "undecided"
+
+
+def test_no_worse_takes_a_better_result_and_refuses_a_diverged_one():
+    better, worse = Contrast(-3, -4, -2, n=3), Contrast(3, 2, 4, n=3)
+    assert [verdict(c, "not higher", 1) for c in (better, worse, Contrast(0, -.5, .5, n=3), Contrast(0, -.5, 1.5, n=3))] == ["reproduced", "contradicted", "reproduced", "undecided"]
+    assert [verdict(c, "not lower", 1) for c in (better, worse)] == ["contradicted", "reproduced"]
+    assert verdict(better._replace(up=1), "not higher", 1) == "undecided" and verdict(better._replace(down=1), "not higher", 1) == "reproduced" and verdict(None, "not lower", 1) == "not measured"
 
 
 def test_false_verdicts_are_as_rare_as_said():
@@ -139,7 +146,7 @@ smallest = 1
     ('text = "t"', 'text = ""', "claim one: text has the value ''"), ("smallest = 1", "smallest = -1", "claim one: smallest is -1"), ("smallest = 1", "smallest = true", "claim one: smallest has the value True"),
     ("smallest = 1", "smallest = inf", "claim one: smallest is inf"), ("smallest = 1", "smallest = nan", "claim one: smallest is nan"), ('["toy"]', '["toys"]', "claim one: scales has 'toys'"), ('["toy"]', "[]", "claim one: scales has the value"),
     ('contrast = "c"\n', "", "claim one: wants contrast"), ('figure = "f"\n', "", "claim one: wants sweep, a, b"), ('figure = "f"', 'figure = "f"\nb = 3', "claim one: a figure decides it, so it takes no b"),
-    ('mse = "lower"', 'mse = "less"', "metric mse: better is 'less'"), ('mse = "lower"', 'rmse = "lower"', "claim one: metric is 'mse'"), ('says = "equal"', 'says = "less"', "claim one: says is 'less'"),
+    ('mse = "lower"', 'mse = "less"', "metric mse: better is 'less'"), ('mse = "lower"', 'rmse = "lower"', "claim one: metric is 'mse'"), ('says = "equal"', 'says = "less"', "claim one: says is 'less'"), ('says = "equal"', 'says = "equal"\nours = "yes"', "claim one: ours has the value 'yes'"),
     ('says = "equal"', 'says = "equal"\nunit = "percent"', "claim one: unit is 'percent'"), ('says = "equal"', 'says = "equal"\nunit = "ratio"\npublished = -1.0', "claim one: published is -1.0"),
     ('says = "equal"', 'says = "equal"\nstandin = "mse"', "claim one: unknown key 'standin'"), ("[metrics]", "[metric]", "unknown key 'metric'"), ("[metrics]", "[metrics", "is no TOML")])
 def test_slips_in_a_file_of_claims_are_named(tmp_path, old, new, why):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'SAYS', 'VERDICTS', 'SEEDS', 'SOURCES', 'PLACES', 'Interval', 'interval', 'bootstrap', 'Contrast', 'scaled',
-           'paired', 'verdict', 'Claim', 'load_claims', 'contrast']
+           'paired', 'verdict', 'Claim', 'load_claims', 'holds', 'contrast']
 
 # %% ../nbs/lib/10_stats.ipynb #cb0b1c6c
 import math, re
@@ -92,8 +92,8 @@ def paired(a: Mapping[Any, float], b: Mapping[Any, float] | float, unit: str = "
     mean, boot = (interval(whole, level), bootstrap(whole, level)) if len(whole) else (Interval(*[math.nan] * 3, 0), (math.nan, math.nan))
     return Contrast(*mean[:3], *boot, len(whole), *(int(x.sum()) for x in (d == np.inf, d == -np.inf, np.isnan(d))))
 
-# %% ../nbs/lib/10_stats.ipynb #98a1fcb6
-SAYS, VERDICTS, SEEDS = ("lower", "higher", "equal"), ("reproduced", "contradicted", "undecided", "not measured"), 3
+# %% ../nbs/lib/10_stats.ipynb #b483ad8c
+SAYS, VERDICTS, SEEDS = ("lower", "higher", "equal", "not lower", "not higher"), ("reproduced", "contradicted", "undecided", "not measured"), 3
 
 def verdict(found: Contrast | None, says: str, smallest: float) -> str:
     """One of VERDICTS, for a contrast (None: no runs) and the smallest effect of interest in its units.
@@ -103,13 +103,16 @@ def verdict(found: Contrast | None, says: str, smallest: float) -> str:
     if says not in SAYS: raise ValueError(f"says must be one of {', '.join(SAYS)}, got {says!r}")
     if not 0 < smallest < math.inf: raise ValueError(f"smallest must be a number above 0, got {smallest}")
     if found is None: return "not measured"
+    if says.startswith("not "):
+        denied = verdict(found, says.removeprefix("not "), smallest)
+        return {"reproduced": "contradicted", "contradicted": "reproduced"}.get(denied, denied)
     if not (math.isfinite(found.low) and math.isfinite(found.high)) or found.unknown or 0 < found.n < SEEDS: return "undecided"
     low, high, against, along = (-found.high, -found.low, found.up, found.down) if says == "lower" else (found.low, found.high, found.down, found.up)
     above, below, within = low > smallest and not against, high < (-smallest if says == "equal" else smallest) and not along, -smallest < low and high < smallest and not along + against
     reproduced, contradicted = (within, above or below) if says == "equal" else (above, below)
     return "reproduced" if reproduced else "contradicted" if contradicted else "undecided"
 
-# %% ../nbs/lib/10_stats.ipynb #054cb7f6
+# %% ../nbs/lib/10_stats.ipynb #e9718c57
 SOURCES, PLACES = ("huh2023", "fifty2024", "vqvae-primer", "router-post"), ("toy", "desk", "gpu", "paper")
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Claim:
     """A claim of a source document: where it stands, what it says in our words, the contrast that decides it, and the scales at which it does.
 
     better: which values of the metric are good; says: the metric of `a` against that of `b`; smallest, published: an effect as a difference, or for unit "ratio" a relative change and a ratio;
-    stand_in: the metric to take where `metric` is not there.
+    stand_in: the metric to take where `metric` is not there; ours: a question of ours that the document raises, and does not answer.
     """
     id: str
     source: str
@@ -137,6 +140,7 @@ class Claim:
     b: dict | float | None = None
     figure: str = ""
     contrast: str = ""
+    ours: bool = False
 
     @property
     def limit(self) -> float:
@@ -150,8 +154,8 @@ class Claim:
         words = lambda table: ", ".join(str(v) if k in ("method", "dataset") else f"{k} {v}" for k, v in table.items())
         return f"{words(self.a)} against {words(self.b) if isinstance(self.b, dict) else self.b}" + (f" ({words(self.where)})" if self.where else "")
 
-# %% ../nbs/lib/10_stats.ipynb #1ff8cdea
-_TYPES = {"smallest": (int, float), "published": (int, float), "scales": list, "where": dict, "a": dict, "b": (dict, int, float)}
+# %% ../nbs/lib/10_stats.ipynb #80095925
+_TYPES = {"smallest": (int, float), "published": (int, float), "scales": list, "where": dict, "a": dict, "b": (dict, int, float), "ours": bool}
 
 def _claim(table: Mapping[str, Any], metrics: Mapping[str, str]) -> Claim:
     "One claim, checked. Raises ValueError."
@@ -159,7 +163,7 @@ def _claim(table: Mapping[str, Any], metrics: Mapping[str, str]) -> Claim:
     def refuse(why): raise ValueError(f"claim {name}: {why}")
     for key, value in table.items():
         if key not in known: refuse(f"unknown key {key!r}; known: {', '.join(known)}")
-        if isinstance(value, bool) or not isinstance(value, _TYPES.get(key, str)) or value in ("", {}, []): refuse(f"{key} has the value {value!r}, of a wrong type or empty")
+        if isinstance(value, bool) != (key == "ours") or not isinstance(value, _TYPES.get(key, str)) or value in ("", {}, []): refuse(f"{key} has the value {value!r}, of a wrong type or empty")
     missing = [key for key in (*known[:8], *(("figure", "contrast") if "figure" in table else ("sweep", "a", "b"))) if key not in table]
     if missing: refuse(f"wants {', '.join(missing)}")
     if "figure" in table and (odd := {"sweep", "where", "a", "b", "stand_in"} & table.keys()): refuse(f"a figure decides it, so it takes no {', '.join(sorted(odd))}")
@@ -189,12 +193,12 @@ def load_claims(path: str | Path) -> list[Claim]:
         if names.count(name) > 1: raise ValueError(f"claim {name}: the id is used {names.count(name)} times")
     return claims
 
-# %% ../nbs/lib/10_stats.ipynb #928c59f9
+# %% ../nbs/lib/10_stats.ipynb #9e2d914e
 def _same(x: Any, value: Any) -> bool:
     "Whether a field of a table, where a truth value may be text, is a value."
     return str(x) == str(value) if isinstance(value, str | bool) else isinstance(x, Number) and x == value
 
-def _holds(rows: "pd.DataFrame", table: Mapping[str, Any]) -> list[bool]:
+def holds(rows: "pd.DataFrame", table: Mapping[str, Any]) -> list[bool]:
     "Which rows have these values; none if a column is not there."
     return [table.keys() <= row.keys() and all(_same(row[name], value) for name, value in table.items()) for row in rows.to_dict("records")]
 
@@ -207,8 +211,8 @@ def _by_seed(claim: Claim, rows: "pd.DataFrame", metric: str) -> dict[int, float
 
 def contrast(claim: Claim, rows: "pd.DataFrame") -> tuple[Contrast, str] | None:
     "The contrast that a claim asks for among the rows of its sweep, and the metric it is of; None where they have no pair, or no such metric. Raises ValueError for rows it cannot tell apart."
-    rows = rows[_holds(rows, claim.where)]
-    a, b = rows[_holds(rows, claim.a)], rows[_holds(rows, claim.b)] if isinstance(claim.b, dict) else None
+    rows = rows[holds(rows, claim.where)]
+    a, b = rows[holds(rows, claim.a)], rows[holds(rows, claim.b)] if isinstance(claim.b, dict) else None
     used = [part for part in (a, b) if part is not None]
     for metric in filter(None, (claim.metric, claim.stand_in)):
         if metric not in rows or any(part.empty or part[part["status"] == "done"][metric].isna().all() and (part["status"] == "done").any() for part in used): continue

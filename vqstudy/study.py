@@ -237,7 +237,7 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #893a9e07
+# %% ../nbs/lib/11_study.ipynb #8f37696f
 def toys() -> list[str]:
     "Figures that no sweep names: they compute in place."
     named = {stem for name in sweeps() for stem in sweep(name)["figures"]}
@@ -246,7 +246,7 @@ def toys() -> list[str]:
 def _has_results(stem: str) -> bool:
     "Whether a figure has a table to read, or needs none."
     names = [name for name in sweeps() if stem in sweep(name)["figures"]]
-    return stem in toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES for name in names)
+    return stem in toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES[1:] for name in names)
 
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
