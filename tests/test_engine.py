@@ -50,7 +50,7 @@ class Project:
         (folder / "vqstudy/toy.py").write_text("def walk(method, seed):\n    if method == 'bad': raise KeyError('no way')\n    return seed + .5\n")
         notebook(folder / "nbs/runs/walk.ipynb", WALK)
         notebook(folder / "nbs/runs/talk.ipynb", TALK)
-        notebook(folder / "nbs/figs/walks.ipynb", FIGURE)
+        if any("figures: [walks]" in sweep for sweep in sweeps.values()): notebook(folder / "nbs/figs/walks.ipynb", FIGURE)  # one that no sweep names would be drawn at once
         (folder / "nbs/sweeps").mkdir()
         for name, sweep in sweeps.items(): (folder / f"nbs/sweeps/{name}.yaml").write_text(sweep)
         keep = {key: value for key, value in os.environ.items() if not key.startswith(("VQSTUDY_", "MAKE", "SLURM_"))}
