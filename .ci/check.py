@@ -25,4 +25,6 @@ after = contents()
 changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
 if changed:
     sys.exit("not clean, not exported or README not written; look at the difference and commit it:\n  " + "\n  ".join(changed))
+named = sorted(f for f in after if str(Path.cwd()) in Path(f).read_text(encoding="utf-8"))  # a warning's place, say
+if named: sys.exit("this machine's path stands in:\n  " + "\n  ".join(named))
 print(f"{len(after)} files are clean and exported")
