@@ -5,7 +5,7 @@ import pytest, torch
 from vqstudy import data
 from vqstudy.cells import plan, sweep
 from vqstudy.records import results_folder
-from vqstudy.study import choice
+from vqstudy.tuning import choice
 from vqstudy.train import Settings, optimizers
 
 ROOT = Path(__file__).parents[1]

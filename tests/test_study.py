@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from vqstudy import cells, records, study
+from vqstudy import cells, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = 'lr: float = 0.1\nsteps: int = 3\nmethod: str = "a"\ntuned: bool = False\ntaps: list = [1, 2]\nseed: int = 0\nout: str = ""'
@@ -246,13 +246,13 @@ def trials(project, found, sweep="{notebook: walk, metric: metric, grid: [{metho
     (project / "nbs/sweeps/tries.yaml").write_text(sweep)
     for cell, (metric, status) in zip(cells.plan("tries", "desk"), found): leave(cell, metric, status)
     records.collect("tries", "desk")
-    return study.choice("tries", "desk")
+    return tuning.choice("tries", "desk")
 
 
 def test_choice_takes_the_least_mean_over_seeds_and_nothing_that_diverged(project):
     ok = [(metric, "done") for metric in (1, 9, 4, 4, 3, 3, 2, 2)]
     assert trials(project, [*ok, (1, "diverged"), (1, "done"), (7, "done"), (8, "done")]) == dict(a=dict(steps=2), b=dict(steps=2), c=dict(lr=2.))
-    assert study.declared(study.choice("tries", "desk")) == '- {"method": ["a", "b"], "steps": [2]}\n- {"method": ["c"], "lr": [2.0]}'
+    assert tuning.declared(tuning.choice("tries", "desk")) == '- {"method": ["a", "b"], "steps": [2]}\n- {"method": ["c"], "lr": [2.0]}'
 
 
 def test_choice_refuses_what_is_not_whole_or_not_equal(project):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'Guard', 'end_children', 'adopt', 'alive', 'engine', 'Run', 'wants_gpu', 'gpus', 'gpu', 'redirected',
            'execute', 'publish', 'run_cell', 'figure_state', 'drawn', 'draw', 'toys', 'redraw', 'chosen', 'todo',
-           'predicted', 'forecast', 'overview', 'report', 'choice', 'declared', 'main']
+           'predicted', 'forecast', 'overview', 'report', 'main']
 
-# %% ../nbs/lib/11_study.ipynb #8e85d6fc
+# %% ../nbs/lib/11_study.ipynb #92f33563
 import argparse, ctypes, json, os, shutil, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,7 +16,8 @@ from statistics import fmean
 from typing import Any, Iterator, TextIO
 from .cells import SCALES, Cell, _hash, cell_id, check, fingerprint, notebook_path, parameters, plan, root, sweep, sweeps
 from .records import (collect, found, in_results, locked, make_record, memory, now, provenance, read_record, read_table, results_folder,
-                             save_record, state, text, write)
+                             save_record, state, write)
+from .tuning import choice, declared
 
 # %% ../nbs/lib/11_study.ipynb #98bc20f2
 class Guard(threading.Thread):
@@ -237,7 +238,7 @@ def draw(stem: str, scale: str) -> int:
     print(f"{stem}  drawn", flush=True)
     return 0
 
-# %% ../nbs/lib/11_study.ipynb #8f37696f
+# %% ../nbs/lib/11_study.ipynb #94da6ae1
 def toys() -> list[str]:
     "Figures that no sweep names: they compute in place."
     named = {stem for name in sweeps() for stem in sweep(name)["figures"]}
@@ -248,6 +249,7 @@ def _has_results(stem: str) -> bool:
     names = [name for name in sweeps() if stem in sweep(name)["figures"]]
     return stem in toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES[1:] for name in names)
 
+# %% ../nbs/lib/11_study.ipynb #338d166a
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
     import nbformat
@@ -292,7 +294,7 @@ def todo(names: list[str], scale: str, missing: bool = False) -> tuple[list[Cell
         figures += [stem for stem in toys() if not drawn(stem, scale) or stem == "ledger" and (tables or figures)]
     return cells, tables, list(dict.fromkeys(figures))
 
-# %% ../nbs/lib/11_study.ipynb #40f463bc
+# %% ../nbs/lib/11_study.ipynb #a4ba2f63
 def predicted(cells: list[Cell]) -> dict[str, float | None]:
     "Seconds that cells will take by cell id, from the records of a whole sweep at one scale; None where there are none."
     if not cells: return {}
@@ -317,6 +319,7 @@ def _span(cells: list[Cell], known: dict[str, float | None]) -> str:
     unknown = f", and {len(cells) - len(timed)} cells unknown" if len(cells) > len(timed) else ""
     return f"{max(cpu / os.cpu_count(), gpu / slots) / 60:.1f} min ({', '.join(summed)}){unknown}"
 
+# %% ../nbs/lib/11_study.ipynb #6fab9ef3
 def forecast(cells: list[Cell], names: list[str], scale: str) -> str:
     "What cells will take, a line for each sweep that has some of them and one for all; by the times of records."
     each = {name: [cell for cell in cells if cell.sweep == name] for name in names}
@@ -354,42 +357,6 @@ def report(names: list[str], scale: str) -> str:
     again = f"make resume SCALE={scale}" + (f' SWEEP="{" ".join(names)}"' if names != sweeps(scale) else "")
     ending = f"{late}{done} of {len(cells)} cells done" + (f"; `{again}` goes on" if done < len(cells) else "")
     return "\n".join([*filter(None, map(_trouble, cells)), ending])
-
-# %% ../nbs/lib/11_study.ipynb #76edf24d
-def _trials(cells: list[Cell], rows: dict[str, dict[str, str]]) -> list[tuple[float, dict[str, Any]]]:
-    "Mean metric over seeds (infinite where one failed or diverged) and setting of every trial of one method."
-    varies = [name for name in cells[0].parameters if name != "seed" and len({text(cell.parameters[name]) for cell in cells}) > 1]
-    scores: dict[str, list[float]] = {}
-    settings = {}
-    for cell in cells:
-        setting = {name: cell.parameters[name] for name in varies}
-        row, key = rows[cell.id], json.dumps(setting)
-        scores.setdefault(key, []).append(float(row[cell.metric]) if row["status"] == "done" and row[cell.metric] else float("inf"))
-        settings[key] = setting
-    return [(fmean(scores[key]), settings[key]) for key in settings]
-
-def choice(name: str, scale: str) -> dict[str, dict[str, Any]]:
-    """By method, the setting with the least metric of a tuning sweep, by its table in the results: the values of whatever varies within the method.
-
-    Raises ValueError for trials without a row, for methods with different numbers of trials, and for a method of which no trial ended well.
-    """
-    planned = plan(name, scale)
-    rows = {row["cell"]: row for row in read_table(results_folder(scale) / f"{name}.csv") if row["scale"] == scale}
-    missing = sum(cell.id not in rows for cell in planned)
-    if missing: raise ValueError(f"{name}, scale {scale}: {missing} of {len(planned)} trials are not in the results; `make study SCALE={scale} SWEEP={name}` runs them")
-    methods = dict.fromkeys(cell.parameters["method"] for cell in planned)
-    trials = {method: _trials([cell for cell in planned if cell.parameters["method"] == method], rows) for method in methods}
-    if len({len(tried) for tried in trials.values()}) > 1: raise ValueError(f"{name}, scale {scale}: methods have different numbers of trials: { {m: len(t) for m, t in trials.items()} }")
-    best = {method: min(tried, key=lambda trial: trial[0]) for method, tried in trials.items()}
-    if lost := [method for method, (score, _) in best.items() if score == float("inf")]: raise ValueError(f"{name}, scale {scale}: no trial ended well of {', '.join(lost)}")
-    return {method: setting for method, (_, setting) in best.items()}
-
-# %% ../nbs/lib/11_study.ipynb #5d8100b7
-def declared(choices: dict[str, dict[str, Any]]) -> str:
-    "Choices as the grids of a sweep's YAML: methods with equal settings together, a line each."
-    groups: dict[str, list[str]] = {}
-    for method, setting in choices.items(): groups.setdefault(json.dumps({name: [value] for name, value in setting.items()}), []).append(method)
-    return "\n".join(f"- {json.dumps({'method': methods} | json.loads(setting))}" for setting, methods in groups.items())
 
 # %% ../nbs/lib/11_study.ipynb #7e7bc20a
 def _arguments(words: list[str] | None) -> argparse.Namespace:
