@@ -105,6 +105,14 @@ def test_methods_start_alike():
     assert any(not torch.equal(plain[key], value) for key, value in start("vq", 4).items() if key in network)
 
 
+def test_larger_pictures_have_the_network_of_the_largest_size():
+    names = prepared(size=128, train_limit=4, channels=8, num_codes=4, method="vq")
+    out = names["model"](names["train"].x[:2] / 255)
+    assert out.x.shape == (2, 3, 128, 128) and out.quantized.codes.shape == (2, 32, 32)
+    blocks = lambda size: len(prepared(size=size, train_limit=4, channels=8, num_codes=4, method="vq")["model"].encoder)
+    assert len(names["model"].encoder) == blocks(64) != blocks(32)
+
+
 def test_parameter_count_has_the_codebook_whoever_moves_it():
     count = {method: prepared(method=method, train_limit=32, channels=16, num_codes=8)["parameter_count"] for method in ("none", "vq", "vq + ema", "vq + affine")}
     assert (count["vq"] - count["none"], count["vq + ema"] - count["none"], count["vq + affine"] - count["vq"]) == (8 * 16, 8 * 16, 2 * 16)
