@@ -260,6 +260,7 @@ class _Routed(torch.autograd.Function):
             dx, dkeys, dbias = dx + pull * F.embedding(codes, keys), dkeys.index_add(0, codes, pull * x), dbias.index_add(0, codes, pull[:, 0])
         return dx, dkeys, None if bias is None else dbias, to_codebook, None
 
+# %% ../nbs/lib/02c_categorical.ipynb #eb9b50d8
 def routed(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None, codebook: Float[Tensor, "k e"],
            gate: str = "dense") -> tuple[Float[Tensor, "n e"], Int64[Tensor, "n"]]:
     "codebook[codes] and codes of the largest logits; gradient of the softmax mixture, \"dense\", or of the chosen probability, \"switch\"; memory linear in n + k; differentiable once."
@@ -279,6 +280,7 @@ def _softmax_means(x, keys, bias, lse):
         entropy[rows].sub_(p.mul_(log_p).sum(1, keepdim=True))
     return mean.div_(len(x)), entropy
 
+# %% ../nbs/lib/02c_categorical.ipynb #f4a068ee
 class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(x, keys, bias, joint):
@@ -301,6 +303,7 @@ class _Entropy(torch.autograd.Function):
         dx, dkeys, dbias = (g / len(x) * t for t in _router_gradient(x, keys, bias, lse, s, None, None, log_mean))
         return dx, dkeys, None if bias is None else dbias, None
 
+# %% ../nbs/lib/02c_categorical.ipynb #8a7dd26b
 def _entropy(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None, temperature: float = 1.0,
              joint: bool = False) -> Float[Tensor, ""]:
     "Mean of the rows' entropies minus the entropy of the mean row (joint: of all processes' rows), of p = softmax((x keys^T + bias) / temperature), in nats."

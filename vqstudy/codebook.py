@@ -150,6 +150,7 @@ class MovingAffine(nn.Module):
 
     def extra_repr(self) -> str: return f"momentum={self.momentum}, of={self.of}"
 
+# %% ../nbs/lib/02_codebook.ipynb #fc5ddfd3
 def _moments(x: Float[Tensor, "n d"], spread: bool) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
     "Mean and variance (over n) of x, or of all processes' x where each has a part of it."
     if not spread: return x.mean(0), x.var(0, correction=0)
@@ -176,6 +177,7 @@ def sample(z: Float[Tensor, "n d"], num_codes: int) -> Float[Tensor, "k d"]:
 INITS = {"normal": normal, "uniform": uniform, "kaiming": kaiming, "orthogonal": orthogonal}
 FROM_DATA = {"kmeans": kmeans, "sample": sample}
 
+# %% ../nbs/lib/02_codebook.ipynb #3056642c
 class Codebook(nn.Module):
     """k code vectors of width d; calling it gives them as used, (k, d).
 

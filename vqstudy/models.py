@@ -47,6 +47,7 @@ class Reconstruction(NamedTuple):
     z: Tensor             # (b, c, h/4, w/4) the encoder's output
     quantized: Quantized  # z_q, codes, loss
 
+# %% ../nbs/lib/07_models.ipynb #df4e996c
 class Autoencoder(nn.Module):
     """SQ-VAE's autoencoder (Takida et al. 2022) around a quantizer of width `channels` with channel_dim=1.
 
@@ -89,6 +90,7 @@ class Classification(NamedTuple):
     z: Tensor             # (b, 128, h/8, w/8) the output of layer2
     quantized: Quantized  # z_q, codes, loss
 
+# %% ../nbs/lib/07_models.ipynb #b80d686e
 class Classifier(nn.Module):
     """torchvision's ResNet18 for `num_classes`, with a quantizer of dim=128 and channel_dim=1 after layer2 (Huh et al. 2023, A.1).
 

@@ -164,6 +164,7 @@ def _naive_router(z, keys, values, g):
         return (hard + p - p.detach()) @ values
     return _router_step(forward, leaves, g)
 
+# %% ../nbs/lib/12a_peers.ipynb #1770b940
 def _four_products(z, keys, values, g):
     tiles = max(1, 2**28 // (4 * len(keys)))
     room = torch.empty(2, min(tiles, len(z)), len(keys), device=z.device)

@@ -104,6 +104,7 @@ def keywords(spec: str) -> tuple[str, ...]:
     base, options = _parse(spec)
     return (*_COMMON, *_BASES[base].keywords, *(name for option in options for name in _OPTIONS[option].keywords))
 
+# %% ../nbs/lib/03_quantizers.ipynb #625d504f
 def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
     """The quantizer that a recipe names, such as "vq + l2 + replace"; `recipes()` lists them, `keywords(spec)` what each can be tuned by.
 

@@ -20,6 +20,7 @@ def device_of(model: nn.Module) -> torch.device:
     "Where the model's parameters are."
     return next(model.parameters()).device
 
+# %% ../nbs/lib/09_scores.ipynb #938fb22c
 @torch.no_grad()
 def reconstruction_scores(model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_size: int = 250) -> dict[str, float]:
     """mse, psnr (dB), ssim, usage, perplexity, quantization_error and relative_error of an autoencoder on pictures x.

@@ -68,7 +68,7 @@ def _fold(k: int, dtype: torch.dtype) -> tuple[int, int]:
     longer = -(-units // 16)
     return -(-units // longer), longer * step
 
-
+# %% ../nbs/lib/00_search.ipynb #d51d7437
 def _tiles(z, codebook, rows, dtype, metric, skip, budget):
     "Scores in `dtype` of `z[rows]`, tile by tile: (slice of rows, first code, scores (rows, strands, length)), codes ascending for each row."
     k, d = codebook.shape
@@ -107,7 +107,7 @@ def _best_two(strands: Float[Tensor, "r s l"]) -> tuple[Float[Tensor, "r"], Floa
 
 def _fused(z: Tensor) -> bool: return z.is_cuda and find_spec("triton") is not None
 
-
+# %% ../nbs/lib/00_search.ipynb #fe7b136e
 def _looks(z, codebook, rows, dtype, metric, skip, budget):
     "The best two of each tile: (slice of rows, first code, best score, second best, code of the best)."
     if dtype == torch.float32 and len(rows) == len(z) and _fused(z):
@@ -176,7 +176,7 @@ def _candidates(z, codebook, metric, skip, budget):
     row, code = row[keep], code[keep]
     return None if len(row) > 8 * len(z) else (row, code)
 
-
+# %% ../nbs/lib/00_search.ipynb #63322d74
 def _rescore(z, codebook, row, code, metric, budget):
     "Best score, second best score, and best code of each row among its candidates, in float32."
     best, second = (z.new_full((len(z),), -torch.inf, dtype=torch.float32) for _ in range(2))
@@ -241,7 +241,7 @@ def _half_is_faster(z: Tensor, k: int) -> bool:
     able = z.device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return able and len(z) >= 1024 and z.shape[1] >= 32 and k >= 1024 and k * z.shape[1] >= 2**17
 
-
+# %% ../nbs/lib/00_search.ipynb #10cb8dac
 def _block(z, codebook, metric, exact, half, skip, budget):
     "Codes of one block of vectors."
     rows, codes = torch.arange(len(z), device=z.device), torch.zeros(len(z), dtype=torch.int64, device=z.device)
@@ -260,7 +260,7 @@ def _block(z, codebook, metric, exact, half, skip, budget):
     if exact: codes[rows] = _settle(z, codebook, rows, floor, metric, skip, budget)
     return codes
 
-
+# %% ../nbs/lib/00_search.ipynb #2e44fc27
 @operator("(Tensor z, Tensor codebook, str metric, bool exact, str precision, Tensor? skip, int budget) -> Tensor",
           lambda z, *_: z.new_empty(len(z), dtype=torch.int64))
 def _search(z, codebook, metric, exact, precision, skip, budget):

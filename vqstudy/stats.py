@@ -115,6 +115,7 @@ def verdict(found: Contrast | None, says: str, smallest: float) -> str:
 # %% ../nbs/lib/10_stats.ipynb #e9718c57
 SOURCES, PLACES = ("huh2023", "fifty2024", "vqvae-primer", "router-post"), ("toy", "desk", "gpu", "paper")
 
+# %% ../nbs/lib/10_stats.ipynb #b8938b24
 @dataclass(frozen=True)
 class Claim:
     """A claim of a source document: where it stands, what it says in our words, the contrast that decides it, and the scales at which it does.

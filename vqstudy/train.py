@@ -201,6 +201,7 @@ def _learn(loop: _Loop, names: tuple[str, ...]) -> None:
         loop.scaler.step(o)
         o.zero_grad(set_to_none=True)
 
+# %% ../nbs/lib/08_train.ipynb #84e50fed
 def _backward(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     "The loss of a batch and its gradients; returns the loss and its parts."
     _attach(loop, x, y)
@@ -222,6 +223,7 @@ def _observe(loop: _Loop) -> None:
         for name, value in seconds.items(): loop.instruments[name] = loop.instruments.get(name, 0.0) + value
     loop.apart += time.perf_counter() - start
 
+# %% ../nbs/lib/08_train.ipynb #e367bc97
 def _advance(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
     "One training step: jointly, or alternated where a quantizer asks for it."
     for q in loop.quantizers: q.anneal(loop.step / loop.total)
@@ -269,6 +271,7 @@ def _inner(loop: _Loop, loss: Tensor) -> None:
     with torch.enable_grad(): loss.backward(inputs=loop.tables())
     _learn(loop, ("codebook",))
 
+# %% ../nbs/lib/08_train.ipynb #4da92c32
 def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     "Inner steps on the codebook, outer steps on the network; the logs of the last outer step."
     s, fused = loop.s, loop.s.fused and loop.s.inner == loop.s.outer == 1
@@ -342,6 +345,7 @@ def _check_model(model: nn.Module, s: Settings) -> None:
     if s.autocast == "float16": raise ValueError("autocast float16 cannot be used with alternation: gradients wait between steps, and their scale may change")
     if s.batch_size < s.inner + s.outer: raise ValueError(f"batch_size must be at least inner + outer = {s.inner + s.outer}, got {s.batch_size}")
 
+# %% ../nbs/lib/08_train.ipynb #6778a153
 def fit(
     model: nn.Module,
     loss_fn: Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]],  # (model, x, y) -> loss, parts to log
