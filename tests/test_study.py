@@ -170,6 +170,18 @@ def test_columns_and_order(project):
     assert set(pictures) == {("", "a"), ("", "b")} and all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures.values())
 
 
+@pytest.mark.parametrize("lr", [.2, .3, .4, .5])  # some of the new names sort before the old, some after
+def test_the_picture_of_a_cell_no_longer_planned_gives_way(project, lr):
+    for cell in cells.plan("walks", "desk"): leave(cell, .1)
+    records.collect("walks", "desk")
+    sweep = project / "nbs/sweeps/walks.yaml"
+    sweep.write_text(sweep.read_text().replace("grid: {", f"fixed: {{lr: {lr}}}, grid: {{"))
+    planned = cells.plan("walks", "desk")
+    for cell in planned: leave(cell, .2)
+    kept = json.loads(records.collect("walks", "desk").with_suffix(".json").read_text())["samples"]
+    assert sorted(note["rank"][1] for note in kept.values()) == sorted(cell.id for cell in planned if cell.parameters["seed"] == 0)
+
+
 def test_what_a_study_would_do(project):
     planned = cells.plan("walks", "desk")
     for cell in planned[:2]: leave(cell, .1)

@@ -204,11 +204,11 @@ def slug(*words: str) -> str:
     "A file name of words: lower case, everything else a hyphen."
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words if word)
 
-def _keep_samples(folder: Path, cell: Cell, row: dict[str, str], kept: dict[str, Any]) -> None:
-    "Keep a cell's picture if it has the lowest seed of its scale, dataset and method so far."
+def _keep_samples(folder: Path, cell: Cell, row: dict[str, str], kept: dict[str, Any], planned: set[str]) -> None:
+    "Keep a cell's picture if it has the lowest seed of its scale, dataset and method so far; that of a cell which is planned no longer gives way."
     source, name = cell.folder / "samples.png", slug(row["scale"], row["dataset"], row["method"]) + ".png"
     rank = [int(row["seed"] or -1), row["cell"]]
-    if not source.is_file() or name in kept and kept[name]["rank"] < rank: return
+    if not source.is_file() or name in kept and kept[name]["rank"][1] in planned and kept[name]["rank"] < rank: return
     write(folder / "samples" / cell.sweep / name, source.read_bytes())
     kept[name] = dict(rank=rank) | {key: row[key] for key in ("scale", "dataset", "method")}
 
@@ -240,7 +240,7 @@ def collect(name: str, scale: str) -> Path:
         for line in read_table(story): history.setdefault((line["scale"], line["cell"]), []).append(line)
         for cell in cells:
             record = found(cell)
-            if record and _merge(cell, record, rows, history, notes): _keep_samples(folder, cell, rows[scale, cell.id], notes["samples"])
+            if record and _merge(cell, record, rows, history, notes): _keep_samples(folder, cell, rows[scale, cell.id], notes["samples"], {c.id for c in cells})
         ordered, columns = sorted(rows.values(), key=_order), notes["columns"]
         named = [columns.get(kind, []) for kind in ("parameters", "metrics", "cost")]
         write(beside, json.dumps(notes, indent=1, sort_keys=True) + "\n")
