@@ -240,7 +240,7 @@ def collect(name: str, scale: str) -> Path:
         for line in read_table(story): history.setdefault((line["scale"], line["cell"]), []).append(line)
         for cell in cells:
             record = found(cell)
-            if record and _merge(cell, record, rows, history, notes): _keep_samples(folder, cell, rows[scale, cell.id], notes["samples"], {c.id for c in cells})
+            if record and _merge(cell, record, rows, history, notes) and sweep(name)["figures"]: _keep_samples(folder, cell, rows[scale, cell.id], notes["samples"], {c.id for c in cells})
         ordered, columns = sorted(rows.values(), key=_order), notes["columns"]
         named = [columns.get(kind, []) for kind in ("parameters", "metrics", "cost")]
         write(beside, json.dumps(notes, indent=1, sort_keys=True) + "\n")
