@@ -166,15 +166,24 @@ def test_columns_and_order(project):
     assert header == "cell,sweep,scale,dataset,method,seed,status,lr,steps,taps,tuned,metric,seconds,fingerprint"
     assert [line.split(",")[4:7] for line in lines] == [["a", "0", "done"], ["a", "1", "done"], ["b", "0", "done"], ["b", "1", "done"]]
     assert list(records.histories("walks", "desk").columns) == ["cell", "scale", "epoch", "loss", "extra"]
+    assert not records.samples("walks", "desk")  # no figure would show them
+
+
+def test_pictures_are_kept_for_figures(project):
+    sweep = project / "nbs/sweeps/walks.yaml"
+    sweep.write_text(sweep.read_text().replace("grid: {", "figures: [walks], grid: {"))
+    for cell in cells.plan("walks", "desk"): leave(cell, .1)
+    records.collect("walks", "desk")
     pictures = records.samples("walks", "desk")
     assert set(pictures) == {("", "a"), ("", "b")} and all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures.values())
 
 
 @pytest.mark.parametrize("lr", [.2, .3, .4, .5])  # some of the new names sort before the old, some after
 def test_the_picture_of_a_cell_no_longer_planned_gives_way(project, lr):
+    sweep = project / "nbs/sweeps/walks.yaml"
+    sweep.write_text(sweep.read_text().replace("grid: {", "figures: [walks], grid: {"))
     for cell in cells.plan("walks", "desk"): leave(cell, .1)
     records.collect("walks", "desk")
-    sweep = project / "nbs/sweeps/walks.yaml"
     sweep.write_text(sweep.read_text().replace("grid: {", f"fixed: {{lr: {lr}}}, grid: {{"))
     planned = cells.plan("walks", "desk")
     for cell in planned: leave(cell, .2)
