@@ -10,7 +10,7 @@ INDEX = ROOT / "nbs/index.ipynb"
 # What a figure notebook states of its document, its set-up or its time, and nobody measured here.
 QUOTED = {
     "huh_a02_ema_is_commitment": {15}, "huh_a10_bounds": {15}, "huh_fig10_affine_toy": {.71, .55},  # seconds; square roots of .5 and .3
-    "huh_fig09_early_collapse": {.98, 224, 1024, 196}, "huh_tab03_reconstruction": {90}, "kalomaze_fig_router_toy": {256}, "ledger": {256},
+    "huh_fig09_early_collapse": {.98, 224, 1024, 196}, "huh_tab03_reconstruction": {90, 16384, 96}, "kalomaze_fig_router_toy": {256}, "ledger": {256},
 }
 NUMBER = re.compile(r"(?<![\w.,])(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<frac>\.\d+)?(?P<exp>e-?\d+)?\s?(?P<percent>%)?")
 PLACE = r"[A-Z]?\.?[\d.]+"  # of a document: figure 7, section 4.3, A.10
