@@ -27,7 +27,7 @@ test: $(READY)  ## clean, export, diff, run the library notebooks, the smoke stu
 	$(BIN)python .ci/check.py
 	$(BIN)nbdev_test --path nbs/lib --n_workers 2 --timing
 	$(MAKE) study SCALE=smoke SWEEP=
-	$(BIN)python -m pytest -n 2
+	$(BIN)python -m pytest -n 2 --dist worksteal
 
 lab: $(READY)  ## open the notebooks
 	$(BIN)jupyter lab nbs
