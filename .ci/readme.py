@@ -1,4 +1,5 @@
 """Write README.md from nbs/index.ipynb: its prose, its code, and the outputs that were stored when it was run."""
+
 from pathlib import Path
 import nbformat
 
@@ -10,7 +11,8 @@ def output(cell) -> list[str]:
         data = out.get("data", {})
         text = data.get("text/markdown") or out.get("text") or data.get("text/plain") or ""
         text = "".join(text).strip()
-        if text: parts.append(text if "text/markdown" in data else f"```\n{text}\n```")
+        if text:
+            parts.append(text if "text/markdown" in data else f"```\n{text}\n```")
     return parts
 
 
@@ -18,12 +20,18 @@ def blocks(notebook) -> list[str]:
     "The README's blocks; `#| hide` leaves a cell out, `#| output` leaves only what it showed."
     parts = []
     for cell in notebook.cells:
-        if cell.source.startswith("#| hide"): continue
-        if cell.cell_type == "markdown": parts.append(cell.source)
-        elif cell.source.startswith("#| output"): parts += output(cell)
-        else: parts += [f"```python\n{cell.source}\n```", *output(cell)]
+        if cell.source.startswith("#| hide"):
+            continue
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+        elif cell.source.startswith("#| output"):
+            parts += output(cell)
+        else:
+            parts += [f"```python\n{cell.source}\n```", *output(cell)]
     return parts
 
 
 text = "\n\n".join(blocks(nbformat.read("nbs/index.ipynb", as_version=4)))
-Path("README.md").write_text(text.replace("](../", "](").replace('src="../', 'src="') + "\n", encoding="utf-8")
+Path("README.md").write_text(
+    text.replace("](../", "](").replace('src="../', 'src="') + "\n", encoding="utf-8"
+)

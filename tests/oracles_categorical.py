@@ -1,17 +1,21 @@
 """The categorical quantizers as their papers have them, in float64 and in the plainest way: n x k and n x k x d matrices welcome."""
+
 from functools import partial
 import math
 import torch
 from vqstudy.categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer
 
 
-def onehot(codes, k): return torch.eye(k, dtype=torch.float64)[codes]
+def onehot(codes, k):
+    return torch.eye(k, dtype=torch.float64)[codes]
 
 
-def noise(logits): return -torch.empty_like(logits).exponential_().log()
+def noise(logits):
+    return -torch.empty_like(logits).exponential_().log()
 
 
-def kl_to_uniform(p): return (p * (p * p.shape[1]).log()).sum(1)
+def kl_to_uniform(p):
+    return (p * (p * p.shape[1]).log()).sum(1)
 
 
 def gumbel(quantizer, z, p):
@@ -33,8 +37,10 @@ def gumbel(quantizer, z, p):
 def sq(quantizer, z, p):
     "SQ-VAE, Gaussian I to IV (Takida et al. 2022), with its (n, k, d) differences; pictures are the first dimension of z."
     E, x = p["book.weight"], z.reshape(-1, z.shape[-1])
-    if quantizer.variant == 1: v = torch.zeros(len(x), 1, dtype=torch.float64)
-    else: v = x @ p["head.weight"].T + p["head.bias"]
+    if quantizer.variant == 1:
+        v = torch.zeros(len(x), 1, dtype=torch.float64)
+    else:
+        v = x @ p["head.weight"].T + p["head.bias"]
     if quantizer.variant == 2:
         means = v.reshape(len(z), -1).mean(1)
         v = torch.stack([means[i] for i in range(len(z)) for _ in range(len(x) // len(z))])[:, None]
@@ -43,7 +49,9 @@ def sq(quantizer, z, p):
     probabilities = torch.softmax(logits, 1)
     noisy = logits + noise(logits)
     z_q = torch.softmax(noisy / float(quantizer.temperature), 1) @ E
-    loss = ((probabilities * probabilities.log()).sum() + ((x - z_q).pow(2) / (2 * var)).sum()) / len(z)
+    loss = (
+        (probabilities * probabilities.log()).sum() + ((x - z_q).pow(2) / (2 * var)).sum()
+    ) / len(z)
     return z_q.reshape(z.shape), noisy.argmax(1).reshape(z.shape[:-1]), quantizer.weight * loss
 
 
@@ -53,17 +61,23 @@ def router(quantizer, z, p):
     logits = z @ (E if quantizer.tied else p["keys"]).T + (p["bias"] if "bias" in p else 0)
     probabilities, codes = torch.softmax(logits, 1), logits.argmax(1)
     hard = onehot(codes, len(E))
-    if quantizer.gate == "dense": out = hard @ E + (probabilities - probabilities.detach()) @ E.detach()
+    if quantizer.gate == "dense":
+        out = hard @ E + (probabilities - probabilities.detach()) @ E.detach()
     else:
         chosen = (hard * probabilities).sum(1, keepdim=True)
         out = hard @ E * (chosen / chosen.detach())
     loss = z.new_zeros(())
     if quantizer.alpha:
         q = hard @ E
-        loss = quantizer.alpha * ((1 - quantizer.beta) * (z - q.detach()).pow(2).mean() + quantizer.beta * (q - z.detach()).pow(2).mean())
+        loss = quantizer.alpha * (
+            (1 - quantizer.beta) * (z - q.detach()).pow(2).mean()
+            + quantizer.beta * (q - z.detach()).pow(2).mean()
+        )
     if quantizer.entropy:
         t = torch.softmax(logits / quantizer.entropy_temperature, 1)
-        loss = loss + quantizer.entropy * (-(t * t.log()).sum(1).mean() + (t.mean(0) * t.mean(0).log()).sum())
+        loss = loss + quantizer.entropy * (
+            -(t * t.log()).sum(1).mean() + (t.mean(0) * t.mean(0).log()).sum()
+        )
     return out, codes, loss
 
 
@@ -73,17 +87,20 @@ def sq_started(dim, num_codes, variant, **keywords):
     with torch.no_grad():
         quantizer.log_scale.fill_(math.log(0.7))
         if quantizer.head is not None:
-            for parameter in quantizer.head.parameters(): parameter.normal_(0, 0.3)
+            for parameter in quantizer.head.parameters():
+                parameter.normal_(0, 0.3)
     return quantizer
 
 
-def built(kind, **keywords): return partial(started, kind=kind, keywords=keywords)
+def built(kind, **keywords):
+    return partial(started, kind=kind, keywords=keywords)
 
 
 def started(dim, num_codes, kind, keywords):
     "As built, but for a router's bias, which starts at 0 and would hide what is done with it."
     quantizer = kind(dim, num_codes, **keywords)
-    if getattr(quantizer, "bias", None) is not None: torch.nn.init.normal_(quantizer.bias)
+    if getattr(quantizer, "bias", None) is not None:
+        torch.nn.init.normal_(quantizer.bias)
     return quantizer
 
 
@@ -103,8 +120,22 @@ ORACLES = {
     "router (commitment)": (built(RouterQuantizer, alpha=5.0, beta=0.9), router),
     "router (entropy)": (built(RouterQuantizer, entropy=0.3, entropy_temperature=0.5), router),
     "router + tied": (built(RouterQuantizer, tied=True), router),
-    "router + tied (all)": (built(RouterQuantizer, tied=True, bias=True, alpha=1.25, entropy=0.1, entropy_temperature=0.5, init_scale=1.0), router),
+    "router + tied (all)": (
+        built(
+            RouterQuantizer,
+            tied=True,
+            bias=True,
+            alpha=1.25,
+            entropy=0.1,
+            entropy_temperature=0.5,
+            init_scale=1.0,
+        ),
+        router,
+    ),
     "router + switch": (built(RouterQuantizer, gate="switch"), router),
-    "router + switch (bias, wider)": (built(RouterQuantizer, gate="switch", bias=True, code_dim=19), router),
+    "router + switch (bias, wider)": (
+        built(RouterQuantizer, gate="switch", bias=True, code_dim=19),
+        router,
+    ),
     "router + switch + tied": (built(RouterQuantizer, gate="switch", tied=True, bias=True), router),
 }

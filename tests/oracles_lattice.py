@@ -1,4 +1,5 @@
 """FSQ, LFQ and BSQ as their papers write them: every code written out, nearest by n x k distances, probabilities as n x k matrices."""
+
 import itertools
 from functools import partial
 import torch
@@ -7,34 +8,50 @@ from vqstudy.estimators import rotation
 from vqstudy.lattice import BSQ, FSQ, LFQ
 
 
-def inwards(z, p): return z @ p["project_in.weight"].T + p["project_in.bias"] if "project_in.weight" in p else z
+def inwards(z, p):
+    return z @ p["project_in.weight"].T + p["project_in.bias"] if "project_in.weight" in p else z
 
 
-def outwards(q, p): return q @ p["project_out.weight"].T + p["project_out.bias"] if "project_out.weight" in p else q
+def outwards(q, p):
+    return q @ p["project_out.weight"].T + p["project_out.bias"] if "project_out.weight" in p else q
 
 
 def corners(values):
     "All combinations of one value a coordinate, the first coordinate the fastest."
-    return torch.tensor([combination[::-1] for combination in itertools.product(*values[::-1])], dtype=torch.float64)
+    return torch.tensor(
+        [combination[::-1] for combination in itertools.product(*values[::-1])], dtype=torch.float64
+    )
 
 
 def passed(x, q, rotate):
     "q with the straight-through gradient, or the rotated and scaled one by its d x d matrix; straight-through where q is 0, which has no direction."
     through = x + (q - x).detach()
-    if not rotate: return through
+    if not rotate:
+        return through
     there = q.norm(dim=1) > 0
     e, u = F.normalize(x.detach(), dim=1), F.normalize(q, dim=1)
     w = F.normalize(e + u, dim=1)
-    R = torch.eye(x.shape[1], dtype=x.dtype) - 2 * w[:, :, None] * w[:, None] + 2 * u[:, :, None] * e[:, None]
-    turned = (q.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True)).detach() * (R @ x[..., None])[..., 0]
+    R = (
+        torch.eye(x.shape[1], dtype=x.dtype)
+        - 2 * w[:, :, None] * w[:, None]
+        + 2 * u[:, :, None] * e[:, None]
+    )
+    turned = (q.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True)).detach() * (
+        R @ x[..., None]
+    )[..., 0]
     return torch.where(there[:, None], turned, through)
 
 
 def fsq(quantizer, z, p, rotate=False):
     x, columns, values = inwards(z, p), [], []
     for i, size in enumerate(quantizer.levels):
-        half, offset = torch.tensor((size - 1) * 0.999 / 2, dtype=torch.float64), 0.5 * (size % 2 == 0)
-        columns.append((torch.tanh(x[:, i] + torch.tan(offset / half)) * half - offset) / (size // 2))
+        half, offset = (
+            torch.tensor((size - 1) * 0.999 / 2, dtype=torch.float64),
+            0.5 * (size % 2 == 0),
+        )
+        columns.append(
+            (torch.tanh(x[:, i] + torch.tan(offset / half)) * half - offset) / (size // 2)
+        )
         values.append([(j - size // 2) / (size // 2) for j in range(size)])
     bounded, codebook = torch.stack(columns, 1), corners(values)
     codes = (bounded[:, None] - codebook).pow(2).sum(-1).argmin(1)
@@ -44,8 +61,9 @@ def fsq(quantizer, z, p, rotate=False):
 def signs(quantizer, z, p, spherical=False, rotate=False):
     x = inwards(z, p)
     width = x.shape[1]
-    unit = width ** -0.5 if spherical else 1.0
-    if spherical: x = x / x.norm(dim=1, keepdim=True)
+    unit = width**-0.5 if spherical else 1.0
+    if spherical:
+        x = x / x.norm(dim=1, keepdim=True)
     codebook = corners([[-unit, unit]] * width)
     distance = (x[:, None] - codebook).pow(2).sum(-1)
     codes = distance.argmin(1)
@@ -55,7 +73,7 @@ def signs(quantizer, z, p, spherical=False, rotate=False):
     mean = probability.mean(0)
     bits, of_mean = (codebook > 0).long(), 0.0
     for first in range(0, width, quantizer.group):
-        part = bits[:, first:first + quantizer.group]
+        part = bits[:, first : first + quantizer.group]
         pattern = (part * 2 ** torch.arange(part.shape[1])).sum(1)
         share = torch.zeros(2 ** part.shape[1], dtype=torch.float64).index_add(0, pattern, mean)
         of_mean = of_mean - (share * share.clamp_min(torch.finfo(torch.float64).tiny).log()).sum()
@@ -63,7 +81,8 @@ def signs(quantizer, z, p, spherical=False, rotate=False):
     return outwards(passed(x, codebook[codes], rotate), p), codes, loss
 
 
-def twos(dim, num_codes, **keywords): return FSQ(dim, num_codes, levels=[2] * (num_codes.bit_length() - 1), **keywords)
+def twos(dim, num_codes, **keywords):
+    return FSQ(dim, num_codes, levels=[2] * (num_codes.bit_length() - 1), **keywords)
 
 
 ORACLES = {
@@ -71,10 +90,16 @@ ORACLES = {
     "fsq, two levels each": (twos, fsq),
     "fsq + rotation": (partial(twos, rule=rotation()), partial(fsq, rotate=True)),
     "lfq": (LFQ, signs),
-    "lfq, a soft temperature": (partial(LFQ, temperature=2.0, diversity=0.7, entropy=0.5, commitment=0.3), signs),
+    "lfq, a soft temperature": (
+        partial(LFQ, temperature=2.0, diversity=0.7, entropy=0.5, commitment=0.3),
+        signs,
+    ),
     "lfq, in groups of two": (partial(LFQ, temperature=1.0, group=2), signs),
     "lfq + rotation": (partial(LFQ, rule=rotation()), partial(signs, rotate=True)),
     "bsq": (BSQ, partial(signs, spherical=True)),
-    "bsq, committed and joint": (partial(BSQ, commitment=0.25, group=18, temperature=0.3), partial(signs, spherical=True)),
+    "bsq, committed and joint": (
+        partial(BSQ, commitment=0.25, group=18, temperature=0.3),
+        partial(signs, spherical=True),
+    ),
     "bsq + rotation": (partial(BSQ, rule=rotation()), partial(signs, spherical=True, rotate=True)),
 }

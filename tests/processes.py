@@ -1,4 +1,5 @@
 """Several processes on this machine for tests: a function in each of them, with torch.distributed ready, and what each returned."""
+
 import os
 import time
 import traceback
@@ -10,11 +11,19 @@ import torch
 import torch.distributed as dist
 
 
-def _one(rank: int, world: int, folder: Path, timeout: float, function: Callable, args: tuple) -> None:
+def _one(
+    rank: int, world: int, folder: Path, timeout: float, function: Callable, args: tuple
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout))
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(folder / "store"), world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=2 * timeout),
+        )
         torch.save(function(rank, *args), folder / f"{rank}.pt")
     except BaseException:
         (folder / f"{rank}.txt").write_text(traceback.format_exc())
@@ -22,31 +31,53 @@ def _one(rank: int, world: int, folder: Path, timeout: float, function: Callable
     dist.destroy_process_group()
 
 
-def in_processes(world: int, folder: Path, function: Callable, *args: Any, timeout: float = 60) -> list[Any]:
+def in_processes(
+    world: int, folder: Path, function: Callable, *args: Any, timeout: float = 60
+) -> list[Any]:
     """`function(rank, *args)` in `world` gloo processes of one thread each; what it returns (tensors and containers of them), by rank.
 
     function: of a module's top level; folder: empty, for the store and the results. A process that raises fails the call with its traceback,
     one that has not ended after `timeout` seconds with a TimeoutError; none outlives the call.
     """
     context = torch.multiprocessing.get_context("spawn")
-    started = [context.Process(target=_one, args=(rank, world, folder, timeout, function, args), daemon=True) for rank in range(world)]
+    started = [
+        context.Process(
+            target=_one, args=(rank, world, folder, timeout, function, args), daemon=True
+        )
+        for rank in range(world)
+    ]
     deadline = time.monotonic() + timeout
     try:
-        for process in started: process.start()
-        while any(p.is_alive() for p in started) and not any(p.exitcode for p in started) and time.monotonic() < deadline: time.sleep(0.02)
+        for process in started:
+            process.start()
+        while (
+            any(p.is_alive() for p in started)
+            and not any(p.exitcode for p in started)
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
         hung = [rank for rank, p in enumerate(started) if p.is_alive()]
         failed = [rank for rank, p in enumerate(started) if p.exitcode]
     finally:
         for process in started:
-            if process.is_alive(): process.kill()
-        for process in started: process.join()
-    notes = "".join(f"rank {rank}:\n{(folder / f'{rank}.txt').read_text()}\n" for rank in range(world) if (folder / f"{rank}.txt").exists())
-    if failed: raise RuntimeError(f"of {world} processes, {failed} failed\n{notes}")
-    if hung: raise TimeoutError(f"of {world} processes, {hung} had not ended after {timeout} s")
+            if process.is_alive():
+                process.kill()
+        for process in started:
+            process.join()
+    notes = "".join(
+        f"rank {rank}:\n{(folder / f'{rank}.txt').read_text()}\n"
+        for rank in range(world)
+        if (folder / f"{rank}.txt").exists()
+    )
+    if failed:
+        raise RuntimeError(f"of {world} processes, {failed} failed\n{notes}")
+    if hung:
+        raise TimeoutError(f"of {world} processes, {hung} had not ended after {timeout} s")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def share(batch: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     "The parts of one batch that the ranks get, in order; uneven ones too, but none empty (empty batches are refused)."
-    if sum(sizes) != len(batch) or min(sizes) < 1: raise ValueError(f"sizes must be positive and add up to {len(batch)}, got {sizes}")
+    if sum(sizes) != len(batch) or min(sizes) < 1:
+        raise ValueError(f"sizes must be positive and add up to {len(batch)}, got {sizes}")
     return list(batch.split(sizes))

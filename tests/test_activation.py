@@ -1,10 +1,12 @@
 """Binomial activation analysis against mpmath, scipy and simulation."""
+
 import math
 import mpmath
 import numpy as np
 import pytest
 from scipy import stats
-from vqstudy.activation import binomial_pmf, collect_all, collect_all_quantile, draws_for, expected_active, p_active, positions, rarefied_usage
+from vqstudy.activation import binomial_pmf, collect_all, collect_all_quantile, draws_for
+from vqstudy.activation import expected_active, p_active, positions, rarefied_usage
 
 CODES, DRAWS = (2, 3, 7, 1000, 1024, 8192, 2**16, 2**18), (1, 2, 5, 100, 8192, 10**5, 10**7, 10**9)
 
@@ -30,24 +32,54 @@ def tail(n, k, j):
 def test_p_active_to_twelve_digits(k):
     for n in DRAWS:
         mean, deviation = n / k, (n / k) ** 0.5
-        for j in {1, 2, 3, 10, int(mean) or 1, int(mean + 3 * deviation) + 1, int(mean + 20 * deviation) + 1}:
-            if j > min(n, 5000): continue
+        for j in {
+            1,
+            2,
+            3,
+            10,
+            int(mean) or 1,
+            int(mean + 3 * deviation) + 1,
+            int(mean + 20 * deviation) + 1,
+        }:
+            if j > min(n, 5000):
+                continue
             exact = tail(n, k, j)
-            if exact > 1e-290: assert abs(mpmath.mpf(float(p_active(n, k, j))) / exact - 1) < 1e-12, (n, j)
+            if exact > 1e-290:
+                assert abs(mpmath.mpf(float(p_active(n, k, j))) / exact - 1) < 1e-12, (n, j)
 
 
-@pytest.mark.parametrize("n,num,den", [(10, 1, 3), (1000, 7, 9), (10**6, 1, 1024), (10**9, 3, 2**18), (10**9, 999, 1000)])
+@pytest.mark.parametrize(
+    "n,num,den", [(10, 1, 3), (1000, 7, 9), (10**6, 1, 1024), (10**9, 3, 2**18), (10**9, 999, 1000)]
+)
 def test_binomial_terms_to_twelve_digits(n, num, den):
     centre, spread = n * num / den, max(1, (n * num * (den - num)) ** 0.5 / den)
-    for x in {0, n, *(min(n, max(0, int(centre + t * spread))) for t in (-30, -6, -1, 0, 1, 6, 30))}:
-        with mpmath.workdps(60): exact = mpmath.exp(mpmath.loggamma(n + 1) - mpmath.loggamma(x + 1) - mpmath.loggamma(n - x + 1) + x * mpmath.log(mpmath.mpf(num) / den) + (n - x) * mpmath.log(1 - mpmath.mpf(num) / den))
-        if exact > 1e-290: assert abs(mpmath.mpf(float(binomial_pmf(x, n, num, den))) / exact - 1) < 1e-12, x
+    for x in {
+        0,
+        n,
+        *(min(n, max(0, int(centre + t * spread))) for t in (-30, -6, -1, 0, 1, 6, 30)),
+    }:
+        with mpmath.workdps(60):
+            exact = mpmath.exp(
+                mpmath.loggamma(n + 1)
+                - mpmath.loggamma(x + 1)
+                - mpmath.loggamma(n - x + 1)
+                + x * mpmath.log(mpmath.mpf(num) / den)
+                + (n - x) * mpmath.log(1 - mpmath.mpf(num) / den)
+            )
+        if exact > 1e-290:
+            assert abs(mpmath.mpf(float(binomial_pmf(x, n, num, den))) / exact - 1) < 1e-12, x
 
 
 def test_p_active_is_scipys_survival_function_and_broadcasts():
-    n, k, j = np.arange(0, 3000, 97)[:, None, None], np.array([1, 2, 64, 1024])[:, None], np.array([0, 1, 2, 5, 40])
+    n, k, j = (
+        np.arange(0, 3000, 97)[:, None, None],
+        np.array([1, 2, 64, 1024])[:, None],
+        np.array([0, 1, 2, 5, 40]),
+    )
     ours = p_active(n, k, j)
-    assert ours.shape == (31, 4, 5) and np.allclose(ours, stats.binom.sf(j - 1, n, 1 / k), rtol=1e-10, atol=1e-300)
+    assert ours.shape == (31, 4, 5) and np.allclose(
+        ours, stats.binom.sf(j - 1, n, 1 / k), rtol=1e-10, atol=1e-300
+    )
 
 
 def test_simulation_agrees():
@@ -63,7 +95,8 @@ def test_simulation_agrees():
 
 def test_unequal_codes_are_never_more_active_than_equal_ones():
     rng = np.random.default_rng(1)
-    for n in (1, 10, 1000): assert expected_active(n, rng.dirichlet(np.ones(64))) <= expected_active(n, 64) + 1e-12
+    for n in (1, 10, 1000):
+        assert expected_active(n, rng.dirichlet(np.ones(64))) <= expected_active(n, 64) + 1e-12
 
 
 @pytest.mark.parametrize("n", [1, 7, 50, 199, 200])
@@ -78,7 +111,17 @@ def test_rarefaction_of_many_draws():
     total = int(counts.sum())
     for n in (1, 1000, 10**7, total - 1, total):
         with mpmath.workdps(50):
-            missed = [mpmath.exp(mpmath.loggamma(total - c + 1) - mpmath.loggamma(total - c - n + 1) - mpmath.loggamma(total + 1) + mpmath.loggamma(total - n + 1)) if n <= total - c else 0 for c in map(int, counts)]
+            missed = [
+                mpmath.exp(
+                    mpmath.loggamma(total - c + 1)
+                    - mpmath.loggamma(total - c - n + 1)
+                    - mpmath.loggamma(total + 1)
+                    + mpmath.loggamma(total - n + 1)
+                )
+                if n <= total - c
+                else 0
+                for c in map(int, counts)
+            ]
             exact = 1 - sum(missed) / 6
         assert abs(rarefied_usage(counts, n) / exact - 1) < 1e-9, n
 
@@ -91,22 +134,38 @@ def test_draws_for_is_the_fewest(k):
 
 
 def test_the_coupon_collector():
-    assert collect_all(2) == 3 and abs(collect_all(10**6) / (10**6 * (math.log(10**6) + 0.5772156649015329 + 0.5e-6)) - 1) < 1e-12
+    assert (
+        collect_all(2) == 3
+        and abs(collect_all(10**6) / (10**6 * (math.log(10**6) + 0.5772156649015329 + 0.5e-6)) - 1)
+        < 1e-12
+    )
     rng, k = np.random.default_rng(0), 20
     times = []
     for _ in range(4000):
         order = rng.integers(k, size=600)
         times.append(max(np.unique(order, return_index=True)[1]) + 1)
-    for q in (0.1, 0.5, 0.9): assert np.mean(np.array(times) <= collect_all_quantile(q, k)) >= q - 0.025
+    for q in (0.1, 0.5, 0.9):
+        assert np.mean(np.array(times) <= collect_all_quantile(q, k)) >= q - 0.025
     assert abs(np.mean(times) - collect_all(k)) < 1.5 and collect_all_quantile(0.5, 4096) > 4096
 
 
-@pytest.mark.parametrize("call,error,words", [
-    (lambda: p_active(-1, 4), ValueError, "draws must not be negative, got -1"), (lambda: p_active(1.0, 4), TypeError, "draws must be whole numbers, got 1.0"),
-    (lambda: p_active(1, 0), ValueError, "num_codes must be at least 1, got 0"), (lambda: expected_active(3, [[0.5, 0.5]]), ValueError, r"shape \(k,\)"),
-    (lambda: expected_active(3, [1.5, -0.5]), ValueError, "add up to 1"), (lambda: rarefied_usage([0, 0], 1), ValueError, "not all zero"),
-    (lambda: rarefied_usage([1, 2], 0), ValueError, r"1\.\.3"), (lambda: draws_for(1.0, 2), ValueError, "below 1"), (lambda: draws_for(-0.1, 2), ValueError, "usage"),
-    (lambda: collect_all(0), ValueError, "at least 1"), (lambda: collect_all_quantile(1.0, 4), ValueError, "q lie between 0 and 1"), (lambda: positions(1, 5, 4, 1), ValueError, "divisible"),
-])
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (lambda: p_active(-1, 4), ValueError, "draws must not be negative, got -1"),
+        (lambda: p_active(1.0, 4), TypeError, "draws must be whole numbers, got 1.0"),
+        (lambda: p_active(1, 0), ValueError, "num_codes must be at least 1, got 0"),
+        (lambda: expected_active(3, [[0.5, 0.5]]), ValueError, r"shape \(k,\)"),
+        (lambda: expected_active(3, [1.5, -0.5]), ValueError, "add up to 1"),
+        (lambda: rarefied_usage([0, 0], 1), ValueError, "not all zero"),
+        (lambda: rarefied_usage([1, 2], 0), ValueError, r"1\.\.3"),
+        (lambda: draws_for(1.0, 2), ValueError, "below 1"),
+        (lambda: draws_for(-0.1, 2), ValueError, "usage"),
+        (lambda: collect_all(0), ValueError, "at least 1"),
+        (lambda: collect_all_quantile(1.0, 4), ValueError, "q lie between 0 and 1"),
+        (lambda: positions(1, 5, 4, 1), ValueError, "divisible"),
+    ],
+)
 def test_bad_arguments_are_named(call, error, words):
-    with pytest.raises(error, match=words): call()
+    with pytest.raises(error, match=words):
+        call()

@@ -1,13 +1,16 @@
 """Initialisation, moving averages and replacement against naive versions and known answers."""
+
 import inspect
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.cluster import KMeans
-from vqstudy.codebook import Affine, Codebook, LinearMap, MovingAffine, MovingAverage, Replacement, draw, kaiming, kmeans, normal
+from vqstudy.codebook import Affine, Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
+from vqstudy.codebook import draw, kaiming, kmeans, normal
 
 
-def inertia(z, centres): return torch.cdist(z, centres).amin(1).pow(2).mean()
+def inertia(z, centres):
+    return torch.cdist(z, centres).amin(1).pow(2).mean()
 
 
 def test_deviations_of_the_starts():
@@ -19,8 +22,10 @@ def test_deviations_of_the_starts():
 def test_kmeans_is_as_good_as_scikit_learn_and_repeatable():
     torch.manual_seed(0)
     z = torch.randn(2000, 8)
-    torch.manual_seed(1); ours = kmeans(z, 32)
-    torch.manual_seed(1); again = kmeans(z, 32)
+    torch.manual_seed(1)
+    ours = kmeans(z, 32)
+    torch.manual_seed(1)
+    again = kmeans(z, 32)
     theirs = torch.from_numpy(KMeans(32, n_init=1, random_state=3).fit(z.numpy()).cluster_centers_)
     assert torch.equal(ours, again) and inertia(z, ours) < 1.03 * inertia(z, theirs)
 
@@ -32,8 +37,11 @@ def test_kmeans_with_any_number_of_samples(n, k):
     centres = kmeans(z, k)
     assert centres.shape == (k, 3) and centres.isfinite().all() and centres.dtype == z.dtype
     if k >= n:
-        assert torch.isin(z, centres).all() and (centres.mean(0) - z.mean(0)).abs().max() < 0.5  # no shrinking to the origin
-        if n > 1: assert (centres.std(0) / z.std(0) - 1).abs().max() < 0.35
+        assert (
+            torch.isin(z, centres).all() and (centres.mean(0) - z.mean(0)).abs().max() < 0.5
+        )  # no shrinking to the origin
+        if n > 1:
+            assert (centres.std(0) / z.std(0) - 1).abs().max() < 0.35
 
 
 def test_draw_repeats_nothing_while_it_can():
@@ -75,7 +83,8 @@ def test_a_code_dead_for_ever_stays_finite():
     book = Codebook(2, 3, learn=False)
     where = book.weight[2].clone()
     average = MovingAverage(book.weight, 0.5, smoothing=0)
-    for _ in range(500): average.update(book, torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    for _ in range(500):
+        average.update(book, torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
     assert torch.allclose(book.weight[2], where) and book.weight.isfinite().all()
 
 
@@ -97,7 +106,9 @@ def test_life_span_counts_training_steps():
         assert (book() != 9).all()
         alive.note(torch.tensor([0, 0, 1]))
     alive.revive(z, book)
-    assert (book()[:2] != 9).all() and (book()[2:] == 9).all() and alive.idle.tolist() == [0, 0, 0, 0]
+    assert (
+        (book()[:2] != 9).all() and (book()[2:] == 9).all() and alive.idle.tolist() == [0, 0, 0, 0]
+    )
 
 
 def test_kmeans_waits_and_reloads():
@@ -110,50 +121,90 @@ def test_kmeans_waits_and_reloads():
     assert not fresh.waiting and torch.equal(fresh(), book())
 
 
-@pytest.mark.parametrize("make,error,words", [
-    (lambda: Codebook(3, 4, init="zeros"), ValueError, "normal, uniform, kaiming, orthogonal, kmeans, sample, got 'zeros'"),
-    (lambda: MovingAverage(torch.ones(2, 2), decay=1.0), ValueError, "decay"),
-    (lambda: MovingAverage(torch.ones(2, 2), smoothing=-1), ValueError, "smoothing"),
-    (lambda: MovingAverage(torch.ones(2, 2), smoothing=float("nan")), ValueError, "smoothing must be finite and not negative, got nan"),
-    (lambda: MovingAverage(torch.ones(2)), ValueError, r"weight must be \(k, d\), got shape \(2,\)"),
-    (lambda: Replacement(4, life_span=0), ValueError, "life_span must be at least 1, got 0"),
-    (lambda: Affine(2, lr=float("nan")), ValueError, "lr must be positive and finite, got nan"),
-    (lambda: Affine(2, max_norm=0), ValueError, "max_norm must be positive, got 0"),
-    (lambda: Affine(2, groups=0), ValueError, "groups must be at least 1, got 0"),
-    (lambda: Codebook(3, 0), ValueError, "num_codes must be at least 1, got 0"),
-    (lambda: MovingAffine(3, momentum=0), ValueError, "momentum must lie in 0..1, got 0"),
-    (lambda: kmeans(torch.zeros(0, 3), 4), ValueError, "at least one vector"),
-])
+@pytest.mark.parametrize(
+    "make,error,words",
+    [
+        (
+            lambda: Codebook(3, 4, init="zeros"),
+            ValueError,
+            "normal, uniform, kaiming, orthogonal, kmeans, sample, got 'zeros'",
+        ),
+        (lambda: MovingAverage(torch.ones(2, 2), decay=1.0), ValueError, "decay"),
+        (lambda: MovingAverage(torch.ones(2, 2), smoothing=-1), ValueError, "smoothing"),
+        (
+            lambda: MovingAverage(torch.ones(2, 2), smoothing=float("nan")),
+            ValueError,
+            "smoothing must be finite and not negative, got nan",
+        ),
+        (
+            lambda: MovingAverage(torch.ones(2)),
+            ValueError,
+            r"weight must be \(k, d\), got shape \(2,\)",
+        ),
+        (lambda: Replacement(4, life_span=0), ValueError, "life_span must be at least 1, got 0"),
+        (lambda: Affine(2, lr=float("nan")), ValueError, "lr must be positive and finite, got nan"),
+        (lambda: Affine(2, max_norm=0), ValueError, "max_norm must be positive, got 0"),
+        (lambda: Affine(2, groups=0), ValueError, "groups must be at least 1, got 0"),
+        (lambda: Codebook(3, 0), ValueError, "num_codes must be at least 1, got 0"),
+        (lambda: MovingAffine(3, momentum=0), ValueError, "momentum must lie in 0..1, got 0"),
+        (lambda: kmeans(torch.zeros(0, 3), 4), ValueError, "at least one vector"),
+    ],
+)
 def test_bad_arguments_are_named(make, error, words):
-    with pytest.raises(error, match=words): make()
+    with pytest.raises(error, match=words):
+        make()
 
 
-WRONG = {int: [2.5, "x", None, True], float: ["x", None, True, [0.5]], bool: [1, "x", None], str: [1, None, ["normal"]]}
+WRONG = {
+    int: [2.5, "x", None, True],
+    float: ["x", None, True, [0.5]],
+    bool: [1, "x", None],
+    str: [1, None, ["normal"]],
+}
 ARGUMENTS = {  # of each class: what is right, and the types of the arguments
     Affine: (dict(dim=2), dict(dim=int, lr=float, groups=int, max_norm=float)),
     MovingAffine: (dict(dim=2), dict(dim=int, momentum=float, of=str)),
     LinearMap: (dict(dim=2), dict(dim=int)),
-    Codebook: (dict(dim=2, num_codes=4), dict(dim=int, num_codes=int, init=str, l2=bool, learn=bool, map=torch.nn.Module)),
-    MovingAverage: (dict(weight=torch.ones(4, 2)), dict(weight=torch.Tensor, decay=float, smoothing=float)),
+    Codebook: (
+        dict(dim=2, num_codes=4),
+        dict(dim=int, num_codes=int, init=str, l2=bool, learn=bool, map=torch.nn.Module),
+    ),
+    MovingAverage: (
+        dict(weight=torch.ones(4, 2)),
+        dict(weight=torch.Tensor, decay=float, smoothing=float),
+    ),
     Replacement: (dict(num_codes=4), dict(num_codes=int, life_span=int)),
 }
 
 
-@pytest.mark.parametrize("make,name,value", [(make, name, value) for make, (_, types) in ARGUMENTS.items() for name, kind in types.items()
-                                             for value in WRONG.get(kind, [1, "x", torch.ones(4, 2, dtype=torch.int64)]) if not (name == "max_norm" and value is None)])
+@pytest.mark.parametrize(
+    "make,name,value",
+    [
+        (make, name, value)
+        for make, (_, types) in ARGUMENTS.items()
+        for name, kind in types.items()
+        for value in WRONG.get(kind, [1, "x", torch.ones(4, 2, dtype=torch.int64)])
+        if not (name == "max_norm" and value is None)
+    ],
+)
 def test_a_wrong_type_is_a_type_error_that_names_the_argument(make, name, value):
     right, types = ARGUMENTS[make]
     make(**right)
-    with pytest.raises(TypeError, match=f"{name} must be "): make(**right | {name: value})
+    with pytest.raises(TypeError, match=f"{name} must be "):
+        make(**right | {name: value})
     assert set(types) == set(inspect.signature(make).parameters)
 
 
 @pytest.mark.parametrize("map", [Affine(3, groups=2), MovingAffine(3)])
 def test_replacing_one_code_leaves_the_others_to_the_last_bit(map):
     torch.manual_seed(0)
-    if isinstance(map, Affine): torch.nn.init.normal_(map.scale), torch.nn.init.normal_(map.shift)
-    else: map.update(5 + 3 * torch.randn(50, 3), torch.randn(8, 3))
+    if isinstance(map, Affine):
+        torch.nn.init.normal_(map.scale), torch.nn.init.normal_(map.shift)
+    else:
+        map.update(5 + 3 * torch.randn(50, 3), torch.randn(8, 3))
     book, new = Codebook(3, 8, map=map), torch.randn(8, 3)
     before, which = book.weight.detach().clone(), torch.arange(8) == 2
     book.replace(which, new)
-    assert torch.equal(book.weight[~which], before[~which]) and torch.allclose(book()[2], new[2], atol=1e-5)
+    assert torch.equal(book.weight[~which], before[~which]) and torch.allclose(
+        book()[2], new[2], atol=1e-5
+    )

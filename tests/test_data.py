@@ -1,4 +1,5 @@
 "Image sets: every layout made by hand in miniature, every fault, the cache, and (where VQSTUDY_DATA is set) the real sets."
+
 import hashlib, json, os, pickle, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -27,24 +28,45 @@ def root(tmp_path, monkeypatch):
 def pixels(n, h=8, w=8):
     return np.random.RandomState(n).randint(0, 256, (n, h, w, 3), dtype=np.uint8)
 
+
 def encode(array, form="PNG", mode="RGB"):
     Image.fromarray(array).convert(mode).save(file := BytesIO(), form)
     return file.getvalue()
 
+
 def write(file, encoded, labels=None, names=("cat", "dog"), column="image", **options):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {column: pa.array([None if b is None else {"bytes": b, "path": None} for b in encoded], kind)}
-    if labels is not None: columns["label"] = pa.array(labels, pa.int64())
-    about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}} if labels is not None and names else {}
+    columns = {
+        column: pa.array([None if b is None else {"bytes": b, "path": None} for b in encoded], kind)
+    }
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+    about = (
+        {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        if labels is not None and names
+        else {}
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(about)}), file, **options)
+    pq.write_table(
+        pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(about)}),
+        file,
+        **options,
+    )
     return file
 
+
 def pets(root, n=5, **options):
-    return write(root / "pets/train-00000-of-00001.parquet", map(encode, pixels(n)), [i % 2 for i in range(n)], **options)
+    return write(
+        root / "pets/train-00000-of-00001.parquet",
+        map(encode, pixels(n)),
+        [i % 2 for i in range(n)],
+        **options,
+    )
+
 
 def cached(root):
     return sorted(p.name for p in (root.parent / "cache").glob("*"))
+
 
 def fails(kind, *words):
     return pytest.raises(kind, match="(?s)" + ".*".join(map(str, words)))
@@ -52,10 +74,11 @@ def fails(kind, *words):
 
 # photos
 
+
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("name", data.PHOTOS)
 def test_photos_train_and_test_share_no_pixel(name, size):
-    position = np.stack(np.mgrid[:(shape := data.photograph(name).shape)[0], :shape[1]], -1)
+    position = np.stack(np.mgrid[: (shape := data.photograph(name).shape)[0], : shape[1]], -1)
     seen = {split: np.zeros(shape[:2], bool) for split in ("train", "test")}
     for split, mask in seen.items():
         cut = patches(position, split, size, data._COUNT[split])
@@ -65,6 +88,7 @@ def test_photos_train_and_test_share_no_pixel(name, size):
     # nor across sizes: what is tested at one size is not trained on at another
     other = patches(position, "train", 96 - size, 200).reshape(-1, 2)
     assert not seen["test"][tuple(other.T)].any()
+
 
 def test_photos_are_balanced_deterministic_and_need_no_files(monkeypatch):
     monkeypatch.delenv("VQSTUDY_DATA", raising=False)
@@ -80,69 +104,130 @@ def test_photos_are_balanced_deterministic_and_need_no_files(monkeypatch):
     for i, name in enumerate(train.classes):
         own = patches(data.photograph(name), "train", 32, 320).transpose(0, 3, 1, 2)
         assert np.array_equal(train.x[train.y == i], own)
-    position = np.stack(np.mgrid[:400, :600], -1)       # everybody has the same patches: where the first of them lie
-    assert patches(position, "train", 32, 320)[:3, 0, 0].tolist() == [[60, 528], [328, 500], [304, 160]]
-    assert patches(position, "test", 32, 64)[:3, 0, 0].tolist() == [[16, 116], [144, 316], [168, 344]]
+    position = np.stack(
+        np.mgrid[:400, :600], -1
+    )  # everybody has the same patches: where the first of them lie
+    assert patches(position, "train", 32, 320)[:3, 0, 0].tolist() == [
+        [60, 528],
+        [328, 500],
+        [304, 160],
+    ]
+    assert patches(position, "test", 32, 64)[:3, 0, 0].tolist() == [
+        [16, 116],
+        [144, 316],
+        [168, 344],
+    ]
 
 
 # arguments
 
-@pytest.mark.parametrize("arguments, error, words", [
-    (("photos", "valid"), ValueError, "split 'valid' is not one of train, test"),
-    (("photos", 3), TypeError, "split must be a string"),
-    ((None, "train"), TypeError, "name must be a string"),
-    (("", "train"), ValueError, "name '' is no set"),
-    (("../x", "train"), ValueError, "name '../x' is no set: 'photos' is one"),
-    (("photos", "train", 65), ValueError, "size = 65 is not possible for photos: 8 to 64 are"),
-    (("photos", "train", 0), ValueError, "size must be at least 1, got 0"),
-    (("photos", "train", 32.0), TypeError, "size must be an int or None, got 32.0"),
-    (("photos", "train", 32, True), TypeError, "limit must be an int or None, got True"),
-    (("photos", "train", 32, -1), ValueError, "limit must be at least 1, got -1"),
-    (("photos", "test", 32, 449), ValueError, "limit = 449 is too many: photos/test holds 448 images"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("photos", "valid"), ValueError, "split 'valid' is not one of train, test"),
+        (("photos", 3), TypeError, "split must be a string"),
+        ((None, "train"), TypeError, "name must be a string"),
+        (("", "train"), ValueError, "name '' is no set"),
+        (("../x", "train"), ValueError, "name '../x' is no set: 'photos' is one"),
+        (("photos", "train", 65), ValueError, "size = 65 is not possible for photos: 8 to 64 are"),
+        (("photos", "train", 0), ValueError, "size must be at least 1, got 0"),
+        (("photos", "train", 32.0), TypeError, "size must be an int or None, got 32.0"),
+        (("photos", "train", 32, True), TypeError, "limit must be an int or None, got True"),
+        (("photos", "train", 32, -1), ValueError, "limit must be at least 1, got -1"),
+        (
+            ("photos", "test", 32, 449),
+            ValueError,
+            "limit = 449 is too many: photos/test holds 448 images",
+        ),
+    ],
+)
 def test_wrong_arguments(arguments, error, words):
-    with fails(error, words.replace("'../", r"'\.\./")): images(*arguments)
+    with fails(error, words.replace("'../", r"'\.\./")):
+        images(*arguments)
 
 
 # where a set is looked for
 
+
 def test_missing_set_says_where_and_how(root, monkeypatch):
     pets(root)
-    with fails(FileNotFoundError, "cifar10/test is not under", "cifar10/", "test.valid", "parquet", "cifar-10-batches-py",
-               "<class>", "images\\('cifar10', 'test', download=True\\)", "There are: photos, pets"): images("cifar10", "test")
-    with fails(FileNotFoundError, "celeba/img_align_celeba", "list_eval_partition.txt", "celeba10k"): images("celeba", "train")
-    with fails(FileNotFoundError, "hf download OWNER/SET --repo-type dataset --local-dir"): images("imagenet100", "train")
-    with fails(FileNotFoundError, "pets/test"): images("pets", "test")
+    with fails(
+        FileNotFoundError,
+        "cifar10/test is not under",
+        "cifar10/",
+        "test.valid",
+        "parquet",
+        "cifar-10-batches-py",
+        "<class>",
+        "images\\('cifar10', 'test', download=True\\)",
+        "There are: photos, pets",
+    ):
+        images("cifar10", "test")
+    with fails(
+        FileNotFoundError, "celeba/img_align_celeba", "list_eval_partition.txt", "celeba10k"
+    ):
+        images("celeba", "train")
+    with fails(FileNotFoundError, "hf download OWNER/SET --repo-type dataset --local-dir"):
+        images("imagenet100", "train")
+    with fails(FileNotFoundError, "pets/test"):
+        images("pets", "test")
     monkeypatch.setenv("VQSTUDY_DATA", str(root / "nowhere"))
-    with fails(FileNotFoundError, "no such folder"): images("pets", "train")
+    with fails(FileNotFoundError, "no such folder"):
+        images("pets", "train")
     monkeypatch.delenv("VQSTUDY_DATA")
-    with fails(FileNotFoundError, "pets needs files: set VQSTUDY_DATA"): images("pets", "train")
+    with fails(FileNotFoundError, "pets needs files: set VQSTUDY_DATA"):
+        images("pets", "train")
+
 
 def test_download_only_where_asked(root, monkeypatch):
     import torchvision.datasets
+
     asked = []
-    def fetch(folder, download): asked.append(download); write(Path(folder) / "cifar10/test-0.parquet", map(encode, pixels(2)))
+
+    def fetch(folder, download):
+        asked.append(download)
+        write(Path(folder) / "cifar10/test-0.parquet", map(encode, pixels(2)))
+
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fetch)
-    with fails(FileNotFoundError, "cifar10/test"): images("cifar10", "test")
+    with fails(FileNotFoundError, "cifar10/test"):
+        images("cifar10", "test")
     assert not asked
     assert len(images("cifar10", "test", download=True)) == 2 and asked == [True]
     images("cifar10", "test", download=True)
     assert len(asked) == 1
-    with fails(FileNotFoundError, "imagenet100/train"): images("imagenet100", "train", download=True)
+    with fails(FileNotFoundError, "imagenet100/train"):
+        images("imagenet100", "train", download=True)
 
-@pytest.mark.parametrize("given, found", [(["valid", "validation"], "valid"), (["test", "valid"], "test"), (["validation"], "validation")])
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        (["valid", "validation"], "valid"),
+        (["test", "valid"], "test"),
+        (["validation"], "validation"),
+    ],
+)
 def test_evaluation_split(root, given, found):
-    for word in given: write(root / f"pets/{word}-0.parquet", map(encode, pixels(len(word))))
+    for word in given:
+        write(root / f"pets/{word}-0.parquet", map(encode, pixels(len(word))))
     got = images("pets", "test")
     assert got.split == found and len(got) == len(found)
 
 
 # Parquet
 
+
 @pytest.mark.parametrize("column, folder", [("image", "pets"), ("img", "pets/data")])
 def test_parquet_in_two_files(root, column, folder):
     x = pixels(5)
-    write(root / folder / "train-00000-of-00002.parquet", map(encode, x[:3]), [0, 1, 1], column=column, row_group_size=2)
+    write(
+        root / folder / "train-00000-of-00002.parquet",
+        map(encode, x[:3]),
+        [0, 1, 1],
+        column=column,
+        row_group_size=2,
+    )
     write(root / folder / "train-00001-of-00002.parquet", map(encode, x[3:]), [1, 0], column=column)
     got = images("pets", "train")
     assert np.array_equal(got.x.permute(0, 2, 3, 1), x) and got.y.tolist() == [0, 1, 1, 1, 0]
@@ -151,102 +236,173 @@ def test_parquet_in_two_files(root, column, folder):
     part = images("pets", "train", limit=4)
     assert torch.equal(part.x, got.x[:4]) and torch.equal(part.y, got.y[:4])
 
+
 def test_no_labels_and_no_names(root):
     write(root / "a/train-0.parquet", map(encode, pixels(3)))
     assert images("a", "train").y is None and images("a", "train").classes == ()
     write(root / "b/train-0.parquet", map(encode, pixels(3)), [0, 7, 2], names=None)
     assert images("b", "train").y.tolist() == [0, 7, 2] and images("b", "train").classes == ()
 
-@pytest.mark.parametrize("mode, form", [("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("L", "WEBP")])
+
+@pytest.mark.parametrize(
+    "mode, form",
+    [
+        ("L", "PNG"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("1", "PNG"),
+        ("CMYK", "JPEG"),
+        ("L", "WEBP"),
+    ],
+)
 def test_every_mode_becomes_rgb(root, mode, form):
     write(root / "a/train-0.parquet", [encode(pixels(1)[0], form, mode)])
     assert images("a", "train").x.shape == (1, 3, 8, 8)
 
+
 def test_gray_and_transparent_values():
     gray = picture(encode(pixels(1)[0], mode="L"))
     assert (gray[0] == gray[1]).all() and (gray[0] == gray[2]).all()
-    assert np.array_equal(picture(encode(pixels(1)[0], mode="RGBA")), pixels(1)[0].transpose(2, 0, 1))
+    assert np.array_equal(
+        picture(encode(pixels(1)[0], mode="RGBA")), pixels(1)[0].transpose(2, 0, 1)
+    )
+
 
 def test_truncated_file(root):
     file = pets(root)
     file.write_bytes(file.read_bytes()[:-20])
-    with fails(ValueError, file, "truncated or is no Parquet"): images("pets", "train")
+    with fails(ValueError, file, "truncated or is no Parquet"):
+        images("pets", "train")
     file.write_bytes(b"")
-    with fails(ValueError, file, "truncated or is no Parquet"): images("pets", "train")
+    with fails(ValueError, file, "truncated or is no Parquet"):
+        images("pets", "train")
     assert cached(root) == []
+
 
 @pytest.mark.parametrize("level", ["pets", "."])
 def test_wrong_checksum(root, level, monkeypatch):
     file, sums = pets(root), root / level / "SHA256SUMS"
-    sums.write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(root / level)}\n{'0' * 64}  other.bin\n")
+    sums.write_text(
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(root / level)}\n{'0' * 64}  other.bin\n"
+    )
     images("pets", "train")
     checked = []
     monkeypatch.setattr(data, "verify", checked.append)
     images("pets", "train")
-    assert not checked                                  # once only, at the first decoding
+    assert not checked  # once only, at the first decoding
     monkeypatch.undo()
-    monkeypatch.setenv("VQSTUDY_DATA", str(root)); monkeypatch.setenv("VQSTUDY_CACHE", str(root.parent / "cache2"))
-    spoiled = bytearray(file.read_bytes()); spoiled[200] ^= 1; file.write_bytes(spoiled)
-    with fails(ValueError, file, "another checksum than", sums): images("pets", "train")
+    monkeypatch.setenv("VQSTUDY_DATA", str(root))
+    monkeypatch.setenv("VQSTUDY_CACHE", str(root.parent / "cache2"))
+    spoiled = bytearray(file.read_bytes())
+    spoiled[200] ^= 1
+    file.write_bytes(spoiled)
+    with fails(ValueError, file, "another checksum than", sums):
+        images("pets", "train")
     assert not (root.parent / "cache2").exists()
+
 
 def test_damaged_pages_name_file_and_row(root):
     file = pets(root, write_page_checksum=True)
-    spoiled = bytearray(file.read_bytes()); spoiled[200] ^= 1; file.write_bytes(spoiled)
-    with fails(ValueError, file, "damaged at or after row 0"): images("pets", "train")
+    spoiled = bytearray(file.read_bytes())
+    spoiled[200] ^= 1
+    file.write_bytes(spoiled)
+    with fails(ValueError, file, "damaged at or after row 0"):
+        images("pets", "train")
+
 
 def test_missing_column_and_wrong_column(root):
     write(root / "a/train-0.parquet", map(encode, pixels(2)), [0, 1], column="pixels")
-    with fails(ValueError, "a/train-0.parquet has no column image or img; it has pixels, label"): images("a", "train")
+    with fails(ValueError, "a/train-0.parquet has no column image or img; it has pixels, label"):
+        images("a", "train")
     (root / "b").mkdir()
     pq.write_table(pa.table({"image": [1, 2]}), root / "b/train-0.parquet")
-    with fails(ValueError, "b/train-0.parquet", "column image must be a struct", "int64"): images("b", "train")
+    with fails(ValueError, "b/train-0.parquet", "column image must be a struct", "int64"):
+        images("b", "train")
 
-@pytest.mark.parametrize("broken", [b"", b"no image", encode(pixels(1, 32, 32)[0])[:700], encode(pixels(1, 32, 32)[0], "JPEG")[:500], None])
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"no image",
+        encode(pixels(1, 32, 32)[0])[:700],
+        encode(pixels(1, 32, 32)[0], "JPEG")[:500],
+        None,
+    ],
+)
 def test_undecodable_image_names_file_and_row(root, broken):
     good = [encode(p) for p in pixels(5)]
     write(root / "a/train-00000-of-00002.parquet", good)
     file = write(root / "a/train-00001-of-00002.parquet", [*good[:3], broken])
-    with fails(ValueError, file, "row 3: the image cannot be decoded"): images("a", "train")
+    with fails(ValueError, file, "row 3: the image cannot be decoded"):
+        images("a", "train")
     assert cached(root) == []
-    assert len(images("a", "train", limit=8)) == 8      # the rows before it are in order
+    assert len(images("a", "train", limit=8)) == 8  # the rows before it are in order
+
 
 def test_sixteen_bits_are_refused(root):
     Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(file := BytesIO(), "PNG")
     write(root / "a/train-0.parquet", [file.getvalue()])
-    with fails(ValueError, "a/train-0.parquet, row 0", "I;16 pixels do not fit into bytes"): images("a", "train")
+    with fails(ValueError, "a/train-0.parquet, row 0", "I;16 pixels do not fit into bytes"):
+        images("a", "train")
 
-@pytest.mark.parametrize("label, words", [(2, "label 2 is out of range: 0 to 1"), (-1, "label -1 is out of range"), (None, "the label is missing")])
+
+@pytest.mark.parametrize(
+    "label, words",
+    [
+        (2, "label 2 is out of range: 0 to 1"),
+        (-1, "label -1 is out of range"),
+        (None, "the label is missing"),
+    ],
+)
 def test_label_out_of_range(root, label, words):
     file = write(root / "a/train-0.parquet", map(encode, pixels(3)), [0, label, 1])
-    with fails(ValueError, f"{file}, row 1: {words}"): images("a", "train")
+    with fails(ValueError, f"{file}, row 1: {words}"):
+        images("a", "train")
     assert cached(root) == []
+
 
 def test_files_must_be_complete_and_agree(root):
     first = write(root / "a/train-00000-of-00002.parquet", map(encode, pixels(2)), [0, 1])
-    with fails(ValueError, "1 files train-\\*.parquet, but their names say 2"): images("a", "train")
-    second = write(root / "a/train-00001-of-00002.parquet", map(encode, pixels(2)), [0, 1], names=("dog", "cat"))
-    with fails(ValueError, second, "other columns or classes than", first): images("a", "train")
+    with fails(ValueError, "1 files train-\\*.parquet, but their names say 2"):
+        images("a", "train")
+    second = write(
+        root / "a/train-00001-of-00002.parquet",
+        map(encode, pixels(2)),
+        [0, 1],
+        names=("dog", "cat"),
+    )
+    with fails(ValueError, second, "other columns or classes than", first):
+        images("a", "train")
+
 
 def test_limit(root):
     pets(root)
-    with fails(ValueError, "limit = 6 is too many: pets/train holds 5 images"): images("pets", "train", limit=6)
+    with fails(ValueError, "limit = 6 is too many: pets/train holds 5 images"):
+        images("pets", "train", limit=6)
     assert cached(root) == []
     assert len(images("pets", "train", limit=5)) == 5 and len(images("pets", "train", limit=1)) == 1
     images("pets", "train")
-    with fails(ValueError, "limit = 6 is too many: pets/train holds 5 images"): images("pets", "train", limit=6)
+    with fails(ValueError, "limit = 6 is too many: pets/train holds 5 images"):
+        images("pets", "train", limit=6)
+
 
 def test_no_rows(root):
     write(root / "a/train-0.parquet", [])
-    with fails(ValueError, "a/train holds no image"): images("a", "train")
+    with fails(ValueError, "a/train holds no image"):
+        images("a", "train")
 
 
 # sizes
 
+
 def test_mixed_shapes_need_a_size(root):
     file = write(root / "a/train-0.parquet", [encode(pixels(1)[0]), encode(pixels(1, 10, 8)[0])])
-    with fails(ValueError, f"{file}, row 1 is", "10, 8", "give a size"): images("a", "train")
+    with fails(ValueError, f"{file}, row 1 is", "10, 8", "give a size"):
+        images("a", "train")
     assert images("a", "train", 8).x.shape == (2, 3, 8, 8)
+
 
 def test_native_size_may_be_oblong_and_same_size_is_not_resampled(root):
     x = pixels(2, 9, 12)
@@ -254,12 +410,19 @@ def test_native_size_may_be_oblong_and_same_size_is_not_resampled(root):
     assert np.array_equal(images("a", "train").x.permute(0, 2, 3, 1), x)
     assert np.array_equal(images("a", "train", 9).x.permute(0, 2, 3, 1), x[:, :, 1:10])
 
-@pytest.mark.parametrize("h, w, share, crop", [(218, 178, FACE, 140), (60, 60, None, 60), (40, 64, None, 40)])
+
+@pytest.mark.parametrize(
+    "h, w, share, crop", [(218, 178, FACE, 140), (60, 60, None, 60), (40, 64, None, 40)]
+)
 def test_picture_is_torchvisions_centre_crop_and_resize(h, w, share, crop):
     from torchvision.transforms import CenterCrop, Compose, Resize
-    smooth = np.asarray(Image.fromarray(pixels(1, 7, 7)[0]).resize((w, h), Image.Resampling.BICUBIC))
+
+    smooth = np.asarray(
+        Image.fromarray(pixels(1, 7, 7)[0]).resize((w, h), Image.Resampling.BICUBIC)
+    )
     wanted = Compose([CenterCrop(crop), Resize((32, 32))])(Image.fromarray(smooth))
     assert np.array_equal(picture(encode(smooth), 32, share).transpose(1, 2, 0), wanted)
+
 
 def test_both_sizes_of_celeba_give_the_same_picture(root):
     "A position image: what the crop of the half-size set shows is what the crop of the full one shows."
@@ -273,59 +436,104 @@ def test_both_sizes_of_celeba_give_the_same_picture(root):
 
 # torchvision's layouts
 
+
 def test_cifar10_batches(root, monkeypatch):
     from torchvision.datasets import CIFAR10
+
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
+
     def put(name, content):
         (folder / name).write_bytes(pickle.dumps(content))
         return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
     x = pixels(12, 32, 32)
-    part = lambda i: {"data": x[2 * i:2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1), "labels": [i, 9]}
+    part = lambda i: {
+        "data": x[2 * i : 2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1),
+        "labels": [i, 9],
+    }
     sums = [[f"data_batch_{i + 1}", put(f"data_batch_{i + 1}", part(i))] for i in range(5)]
     monkeypatch.setattr(CIFAR10, "train_list", sums)
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", put("test_batch", part(5))]])
     names = list("abcdefghij")
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": put("batches.meta", {"label_names": names})})
+    monkeypatch.setattr(
+        CIFAR10,
+        "meta",
+        {
+            "filename": "batches.meta",
+            "key": "label_names",
+            "md5": put("batches.meta", {"label_names": names}),
+        },
+    )
     train, test = images("cifar10", "train"), images("cifar10", "test")
-    assert np.array_equal(train.x.permute(0, 2, 3, 1), x[:10]) and np.array_equal(test.x.permute(0, 2, 3, 1), x[10:])
-    assert train.y.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9] and test.y.tolist() == [5, 9] and train.classes == tuple(names)
+    assert np.array_equal(train.x.permute(0, 2, 3, 1), x[:10]) and np.array_equal(
+        test.x.permute(0, 2, 3, 1), x[10:]
+    )
+    assert (
+        train.y.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+        and test.y.tolist() == [5, 9]
+        and train.classes == tuple(names)
+    )
     assert len(images("cifar10", "train", limit=3)) == 3
     put("data_batch_3", part(0))
-    with fails(ValueError, "data_batch_3 is missing or has a wrong checksum"): images("cifar10", "train")
+    with fails(ValueError, "data_batch_3 is missing or has a wrong checksum"):
+        images("cifar10", "train")
     (folder / "data_batch_3").unlink()
-    with fails(FileNotFoundError, "data_batch_3"): images("cifar10", "train")
+    with fails(FileNotFoundError, "data_batch_3"):
+        images("cifar10", "train")
+
 
 def celeba(root, n=6, h=218, w=178):
     folder = root / "celeba/img_align_celeba"
     folder.mkdir(parents=True)
-    for i, p in enumerate(pixels(n, h, w)): (folder / f"{i + 1:06}.png").write_bytes(encode(p))
-    (root / "celeba/list_eval_partition.txt").write_text("".join(f"{i + 1:06}.png {[0, 0, 1, 2, 2, 0][i]}\n" for i in range(n)))
+    for i, p in enumerate(pixels(n, h, w)):
+        (folder / f"{i + 1:06}.png").write_bytes(encode(p))
+    (root / "celeba/list_eval_partition.txt").write_text(
+        "".join(f"{i + 1:06}.png {[0, 0, 1, 2, 2, 0][i]}\n" for i in range(n))
+    )
     return folder
+
 
 def test_celeba_files(root):
     folder = celeba(root)
     train, test = images("celeba", "train"), images("celeba", "test", 32)
-    assert train.x.shape == (3, 3, 64, 64) and test.x.shape == (2, 3, 32, 32) and train.y is None and train.name == "celeba"
+    assert (
+        train.x.shape == (3, 3, 64, 64)
+        and test.x.shape == (2, 3, 32, 32)
+        and train.y is None
+        and train.name == "celeba"
+    )
     assert np.array_equal(train.x[2], picture((folder / "000006.png").read_bytes(), 64, FACE))
     (folder / "000002.png").write_bytes(b"nothing")
-    with fails(ValueError, folder / "000002.png", "cannot be decoded"): images("celeba", "train")
+    with fails(ValueError, folder / "000002.png", "cannot be decoded"):
+        images("celeba", "train")
     (folder / "000002.png").unlink()
-    with fails(FileNotFoundError, "000002.png"): images("celeba", "train")
+    with fails(FileNotFoundError, "000002.png"):
+        images("celeba", "train")
     (root / "celeba/list_eval_partition.txt").write_text("000001.png 0\n000002.png\n")
-    with fails(ValueError, "list_eval_partition.txt, line 2: expected a file name and 0, 1 or 2"): images("celeba", "train")
+    with fails(ValueError, "list_eval_partition.txt, line 2: expected a file name and 0, 1 or 2"):
+        images("celeba", "train")
+
 
 def test_celeba_falls_back_to_the_half_size_set(root):
     write(root / "celeba10k/train-0.parquet", map(encode, pixels(2, 109, 89)))
-    assert images("celeba", "train").name == "celeba10k" and images("celeba", "train").x.shape == (2, 3, 64, 64)
+    assert images("celeba", "train").name == "celeba10k" and images("celeba", "train").x.shape == (
+        2,
+        3,
+        64,
+        64,
+    )
     assert torch.equal(images("celeba", "train").x, images("celeba10k", "train").x)
     celeba(root)
     assert images("celeba", "train").name == "celeba"
 
+
 def folders(root, split="train", classes=("ant", "bee"), n=4):
     for c in classes:
         (root / "bugs" / split / c).mkdir(parents=True)
-        for i, p in enumerate(pixels(n)): (root / "bugs" / split / c / f"{i}.png").write_bytes(encode(p))
+        for i, p in enumerate(pixels(n)):
+            (root / "bugs" / split / c / f"{i}.png").write_bytes(encode(p))
+
 
 def test_class_folders(root):
     folders(root), folders(root, "val", ("bee",))
@@ -336,12 +544,16 @@ def test_class_folders(root):
     first = images("bugs", "train", limit=4)
     assert len(first.y.unique()) == 2 and torch.equal(first.x, train.x[:4])
     folders(root, "test", ("wasp",))
-    with fails(ValueError, "bugs/test/wasp: the training folder has no such class"): images("bugs", "test")
+    with fails(ValueError, "bugs/test/wasp: the training folder has no such class"):
+        images("bugs", "test")
+
 
 def test_class_folders_name_a_broken_file(root):
     folders(root)
     (root / "bugs/train/bee/2.png").write_bytes(b"x")
-    with fails(ValueError, root / "bugs/train/bee/2.png", "cannot be decoded"): images("bugs", "train")
+    with fails(ValueError, root / "bugs/train/bee/2.png", "cannot be decoded"):
+        images("bugs", "train")
+
 
 def test_order_of_layouts(root):
     folders(root)
@@ -351,23 +563,29 @@ def test_order_of_layouts(root):
 
 # the cache
 
+
 @pytest.fixture
 def decoded(monkeypatch):
     calls, real_decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda *a: calls.append(a) or real_decode(*a))
     return calls
 
+
 def test_second_call_reads_the_cache(root, decoded):
     pets(root)
     first, again = images("pets", "train"), images("pets", "train")
     assert len(decoded) == 1 and torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
     assert again.classes == first.classes and (again.name, again.split) == ("pets", "train")
-    assert len(images("pets", "train", limit=2)) == 2 and len(decoded) == 1       # the whole set serves a part of it
+    assert (
+        len(images("pets", "train", limit=2)) == 2 and len(decoded) == 1
+    )  # the whole set serves a part of it
     assert len(cached(root)) == 1
+
 
 def test_the_key_covers_all_that_matters(root, decoded, monkeypatch):
     file = pets(root)
-    for arguments in ((None, 2), (None, 3), (4, 2), (4, None), (None, None)): images("pets", "train", *arguments)
+    for arguments in ((None, 2), (None, 3), (4, 2), (4, None), (None, None)):
+        images("pets", "train", *arguments)
     assert len(decoded) == 5
     os.utime(file, ns=(1, 1))
     images("pets", "train")
@@ -378,45 +596,67 @@ def test_the_key_covers_all_that_matters(root, decoded, monkeypatch):
     images("pets", "train")
     assert len(decoded) == 8
 
+
 def test_a_damaged_cache_is_made_again(root, decoded):
     pets(root, n=40)
     whole = images("pets", "train")
-    file, = (root.parent / "cache").glob("*.npz")
+    (file,) = (root.parent / "cache").glob("*.npz")
     sound = file.read_bytes()
     for keep in (0, 10, len(sound) // 2, len(sound) - 1):
         file.write_bytes(sound[:keep])
-        with pytest.warns(UserWarning, match="is damaged and will be made again"): assert torch.equal(images("pets", "train").x, whole.x)
+        with pytest.warns(UserWarning, match="is damaged and will be made again"):
+            assert torch.equal(images("pets", "train").x, whole.x)
     for place in (200, 700, len(sound) // 2, len(sound) - 700):
-        spoiled = bytearray(sound); spoiled[place] ^= 4
+        spoiled = bytearray(sound)
+        spoiled[place] ^= 4
         file.write_bytes(spoiled)
-        with pytest.warns(UserWarning, match="is damaged and will be made again"): assert torch.equal(images("pets", "train").x, whole.x)
+        with pytest.warns(UserWarning, match="is damaged and will be made again"):
+            assert torch.equal(images("pets", "train").x, whole.x)
     assert len(decoded) == 9 and len(cached(root)) == 1
     file.write_bytes(sound[:-1])
-    with pytest.warns(UserWarning, match="is damaged"): assert len(images("pets", "train", limit=2)) == 2
-    assert not file.exists()                            # or it would be complained about at every start
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert len(images("pets", "train", limit=2)) == 2
+    assert not file.exists()  # or it would be complained about at every start
+
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 @pytest.mark.parametrize("labels", [None, [0, 1, 0]])
 def test_no_flipped_bit_is_believed(tmp_path, labels):
     "Every byte of a small cache file in turn: what is read back is whole, or nothing."
-    kept = ImageSet(torch.from_numpy(pixels(3, 2, 2)).permute(0, 3, 1, 2).contiguous(), labels and torch.tensor(labels), ("a", "b"), "n", "s")
+    kept = ImageSet(
+        torch.from_numpy(pixels(3, 2, 2)).permute(0, 3, 1, 2).contiguous(),
+        labels and torch.tensor(labels),
+        ("a", "b"),
+        "n",
+        "s",
+    )
     data.save(tmp_path / "a.npz", kept)
     sound = (tmp_path / "a.npz").read_bytes()
     for place in range(len(sound)):
-        spoiled = bytearray(sound); spoiled[place] ^= 1 << place % 8
+        spoiled = bytearray(sound)
+        spoiled[place] ^= 1 << place % 8
         (tmp_path / "a.npz").write_bytes(spoiled)
         if (got := data.load(tmp_path / "a.npz")) is not None:
-            assert torch.equal(got.x, kept.x) and (got.classes, got.name, got.split) == (kept.classes, "n", "s")
+            assert torch.equal(got.x, kept.x) and (got.classes, got.name, got.split) == (
+                kept.classes,
+                "n",
+                "s",
+            )
             assert got.y is None if labels is None else got.y.tolist() == labels
+
 
 def test_an_error_leaves_no_half_cache(root, monkeypatch):
     pets(root)
+
     def full(stream, **arrays):
         stream.write(b"some of it")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(data.np, "savez", full)
-    with fails(OSError, "No space left"): images("pets", "train")
+    with fails(OSError, "No space left"):
+        images("pets", "train")
     assert cached(root) == []
+
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
     kept = ImageSet(torch.zeros(500, 3, 32, 32, dtype=torch.uint8), None, (), "n", "s")
@@ -424,8 +664,10 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     with ThreadPoolExecutor(1) as writer, warnings.catch_warnings():
         warnings.simplefilter("error")
         work = writer.submit(lambda: [data.save(tmp_path / "a.npz", kept) for _ in range(40)])
-        while not work.done(): assert len(data.load(tmp_path / "a.npz")) == 500
+        while not work.done():
+            assert len(data.load(tmp_path / "a.npz")) == 500
         work.result()
+
 
 def test_two_processes_at_once(root):
     pets(root, n=300)
@@ -441,12 +683,22 @@ def test_two_processes_at_once(root):
         d = data.images("pets", "train", 24)
         print(len(d), hashlib.sha256(d.x.numpy()).hexdigest())"""
     (here := root.parent / "ready").mkdir()
-    run = lambda i: subprocess.Popen([sys.executable, "-W", "error", "-c", code, here, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = lambda i: subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, here, str(i)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     both = [run(i) for i in range(2)]
     outputs = [p.communicate(timeout=60) for p in both]
     assert all(p.returncode == 0 for p in both), outputs
-    assert outputs[0][0] == outputs[1][0] == f"300 {hashlib.sha256(images('pets', 'train', 24).x.numpy()).hexdigest()}\n"
+    assert (
+        outputs[0][0]
+        == outputs[1][0]
+        == f"300 {hashlib.sha256(images('pets', 'train', 24).x.numpy()).hexdigest()}\n"
+    )
     assert len(cached(root)) == 1 and cached(root)[0].endswith(".npz")
+
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.delenv("VQSTUDY_CACHE", raising=False)
@@ -464,18 +716,28 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 # the real sets
 
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
 
 @real
 def test_cifar10(cache, monkeypatch):
     monkeypatch.setenv("VQSTUDY_CACHE", str(cache))
     train = images("cifar10", "train", 32)
     means = np.array([train.x[:, c].numpy().mean(dtype=np.float64) / 255 for c in range(3)])
-    assert train.x.shape == (50000, 3, 32, 32) and np.abs(means - [.4914, .4822, .4465]).max() < 5e-5
-    assert (train.y.bincount() == 5000).all() and train.classes[:2] == ("airplane", "automobile") and len(train.classes) == 10
+    assert (
+        train.x.shape == (50000, 3, 32, 32)
+        and np.abs(means - [0.4914, 0.4822, 0.4465]).max() < 5e-5
+    )
+    assert (
+        (train.y.bincount() == 5000).all()
+        and train.classes[:2] == ("airplane", "automobile")
+        and len(train.classes) == 10
+    )
     assert torch.equal(images("cifar10", "train", 32, limit=100).x, train.x[:100])
+
 
 @real
 def test_celeba_and_tiny_imagenet(cache, monkeypatch):
@@ -483,5 +745,11 @@ def test_celeba_and_tiny_imagenet(cache, monkeypatch):
     faces = images("celeba", "test")
     assert faces.x.shape[1:] == (3, 64, 64) and faces.y is None
     tiny = images("tiny_imagenet100", "test", limit=500)
-    assert tiny.split == "valid" and tiny.x.shape == (500, 3, 64, 64) and len(tiny.classes) == 100 and tiny.y.max() < 100
-    with fails(ValueError, "limit = 6000 is too many: tiny_imagenet100/valid holds 5000 images"): images("tiny_imagenet100", "test", limit=6000)
+    assert (
+        tiny.split == "valid"
+        and tiny.x.shape == (500, 3, 64, 64)
+        and len(tiny.classes) == 100
+        and tiny.y.max() < 100
+    )
+    with fails(ValueError, "limit = 6000 is too many: tiny_imagenet100/valid holds 5000 images"):
+        images("tiny_imagenet100", "test", limit=6000)

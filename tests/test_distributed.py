@@ -1,4 +1,5 @@
 """Several processes: statistics and every shared random choice agree across ranks, and equal those of one process on the joined batch."""
+
 import time
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -18,7 +19,8 @@ from vqstudy.vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
 SIZES = {  # vectors of each rank, anew at each step
     2: [[9, 1], [1, 12], [1, 1], [5, 5], [3, 4], [17, 2]],
-    3: [[2, 20, 1], [7, 1, 1], [1, 1, 1], [3, 3, 3], [4, 9, 2], [1, 1, 15]]}
+    3: [[2, 20, 1], [7, 1, 1], [1, 1, 1], [3, 3, 3], [4, 9, 2], [1, 1, 15]],
+}
 PICTURES = {2: [[5, 3], [1, 7], [7, 1]], 3: [[2, 5, 1], [1, 1, 6], [3, 3, 2]]}
 
 
@@ -26,26 +28,31 @@ def learned_affine(dim, num_codes, **options):
     "With a map that has learned something."
     quantizer = VectorQuantizer(dim, num_codes, map=Affine(dim, groups=2), **options)
     with torch.no_grad():
-        quantizer.book.map.scale.copy_(torch.linspace(-.5, .5, 2 * dim).view(2, dim))
+        quantizer.book.map.scale.copy_(torch.linspace(-0.5, 0.5, 2 * dim).view(2, dim))
         quantizer.book.map.shift.copy_(torch.linspace(1, -1, 2 * dim).view(2, dim))
     return quantizer
 
 
-def moving_affine(dim, num_codes, of="codebook", **options): return VectorQuantizer(dim, num_codes, map=MovingAffine(dim, of=of), **options)
+def moving_affine(dim, num_codes, of="codebook", **options):
+    return VectorQuantizer(dim, num_codes, map=MovingAffine(dim, of=of), **options)
 
 
 @dataclass(frozen=True)
 class Case:
-    kind: object             # (dim, num_codes) -> quantizer
-    without: str = ""        # the case without the upkeep that this one is about: its table must come out different
+    kind: object  # (dim, num_codes) -> quantizer
+    without: str = (
+        ""  # the case without the upkeep that this one is about: its table must come out different
+    )
     data: str = "vectors"
     codes: int = 8
     options: dict = field(default_factory=dict)
 
-    def build(self): return self.kind(4, self.codes, **self.options)
+    def build(self):
+        return self.kind(4, self.codes, **self.options)
 
 
-def case(kind, without="", data="vectors", codes=8, **options): return Case(kind, without, data, codes, options)
+def case(kind, without="", data="vectors", codes=8, **options):
+    return Case(kind, without, data, codes, options)
 
 
 KEPT = partial(VectorQuantizer, decay=0.9, life_span=2)
@@ -59,22 +66,30 @@ CASES = {
     "orthogonal": case(VectorQuantizer, init="orthogonal"),
     "replace": case(VectorQuantizer, "plain", life_span=2),
     "replace, every code chosen by some rank": case(VectorQuantizer, data="covered", life_span=1),
-    "replace, no code dead for one rank": case(VectorQuantizer, "plain", data="one covers", life_span=1),
+    "replace, no code dead for one rank": case(
+        VectorQuantizer, "plain", data="one covers", life_span=1
+    ),
     "affine": case(learned_affine),
     "affine + replace": case(learned_affine, "affine", life_span=2),
     "moving-affine": case(moving_affine),
     "moving-affine + replace": case(moving_affine, "moving-affine", life_span=2),
     "moving-affine of chosen": case(moving_affine, of="chosen"),
-    "moving-affine of chosen + replace": case(moving_affine, "moving-affine of chosen", of="chosen", life_span=2),
+    "moving-affine of chosen + replace": case(
+        moving_affine, "moving-affine of chosen", of="chosen", life_span=2
+    ),
     "ema": case(VectorQuantizer, "plain", decay=0.9),
     "ema + replace": case(VectorQuantizer, "ema", decay=0.9, life_span=2),
-    "ema + sample + replace": case(VectorQuantizer, "ema + replace", init="sample", decay=0.9, life_span=2),
+    "ema + sample + replace": case(
+        VectorQuantizer, "ema + replace", init="sample", decay=0.9, life_span=2
+    ),
     "l2 + ema": case(VectorQuantizer, "plain", l2=True, decay=0.9),
     "l2 + ema + replace": case(VectorQuantizer, "l2 + ema", l2=True, decay=0.9, life_span=2),
     "refit": case(VectorQuantizer, "plain", refit=2),
     "refit + ema": case(VectorQuantizer, "ema", refit=2, decay=0.9),
     "refit + affine + replace": case(learned_affine, "affine + replace", refit=3, life_span=2),
-    "channels": case(VectorQuantizer, "", "channels", init="kmeans", decay=0.9, life_span=1, channel_dim=1),
+    "channels": case(
+        VectorQuantizer, "", "channels", init="kmeans", decay=0.9, life_span=1, channel_dim=1
+    ),
     "simvq": case(SimVQ),
     "optvq": case(OptVQ),
     "optvq + ema + replace": case(OptVQ, "optvq", decay=0.9, life_span=2),
@@ -89,7 +104,9 @@ CASES = {
     "bsq": case(BSQ, codes=16),
     "lfq of another width": case(LFQ, codes=8),
     "router, entropy": case(RouterQuantizer, entropy=1.0, entropy_temperature=0.5),
-    "router + tied, entropy": case(RouterQuantizer, tied=True, entropy=1.0, entropy_temperature=0.5),
+    "router + tied, entropy": case(
+        RouterQuantizer, tied=True, entropy=1.0, entropy_temperature=0.5
+    ),
     **{spec: case(partial(recipe, spec)) for spec in ("gumbel", "sq", "router", "router + tied")},
 }
 NOISY = {"gumbel", "sq"}  # noise of each vector is a rank's own: here only their start is compared
@@ -104,31 +121,60 @@ def batches(world):
     "Of each kind of data a list of steps, each the parts of the ranks."
     torch.manual_seed(1)
     drawn = partial(torch.randn, dtype=torch.float64)
-    drift = [share(drawn(sum(step), 4) + .7 * i, step) for i, step in enumerate(SIZES[world])]
+    drift = [share(drawn(sum(step), 4) + 0.7 * i, step) for i, step in enumerate(SIZES[world])]
     maps = [share(drawn(8, 4, 2, 4), step) for step in PICTURES[world]]
     torch.manual_seed(0)
     own = VectorQuantizer(4, 8).double().codebook.detach()
-    return {"vectors": drift, "maps": maps, "channels": [[part.movedim(3, 1).contiguous() for part in step] for step in maps],
-            "covered": [share(own.roll(i, 0), [8 - world + 1] + [1] * (world - 1)) for i in range(4)],
-            "one covers": [[own[:1 + i % 2]] * (world - 1) + [own if i < 2 else own[:4]] for i in range(4)]}
+    return {
+        "vectors": drift,
+        "maps": maps,
+        "channels": [[part.movedim(3, 1).contiguous() for part in step] for step in maps],
+        "covered": [share(own.roll(i, 0), [8 - world + 1] + [1] * (world - 1)) for i in range(4)],
+        "one covers": [
+            [own[: 1 + i % 2]] * (world - 1) + [own if i < 2 else own[:4]] for i in range(4)
+        ],
+    }
 
 
 def steps(rank, case, data):
     "Training steps on this rank's parts (None: on all of each batch, in one process): the start, the last step's outputs, its gradients, and the state after it."
-    torch.manual_seed(rank * 100 if rank else 0)  # only the first rank has the seed of the one process
+    torch.manual_seed(
+        rank * 100 if rank else 0
+    )  # only the first rank has the seed of the one process
     quantizer = case.build().double().train()
     start = {name: value.clone() for name, value in quantizer.state_dict().items()}
-    for parts in data[case.data]: z = (torch.cat(parts) if rank is None else parts[rank].clone()).requires_grad_(); out = quantizer(z)
+    for parts in data[case.data]:
+        z = (torch.cat(parts) if rank is None else parts[rank].clone()).requires_grad_()
+        out = quantizer(z)
     (out.loss + out.z_q.pow(2).mean()).backward()
-    return {"start": start, "z_q": out.z_q.detach(), "codes": out.codes, "loss": out.loss.detach(), "z.grad": z.grad, "state": quantizer.state_dict(), "random": torch.get_rng_state(),
-            "grads": {name: p.grad for name, p in quantizer.named_parameters() if p.grad is not None}}
+    return {
+        "start": start,
+        "z_q": out.z_q.detach(),
+        "codes": out.codes,
+        "loss": out.loss.detach(),
+        "z.grad": z.grad,
+        "state": quantizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "grads": {name: p.grad for name, p in quantizer.named_parameters() if p.grad is not None},
+    }
 
 
-def refuse(*_, **__): raise AssertionError("a collective was called")
+def refuse(*_, **__):
+    raise AssertionError("a collective was called")
 
 
 def without_collectives(patch):
-    for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce", "gather", "scatter", "barrier"): patch.setattr(dist, name, refuse)
+    for name in (
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce",
+        "gather",
+        "scatter",
+        "barrier",
+    ):
+        patch.setattr(dist, name, refuse)
 
 
 def evaluations(rank, cases, data):
@@ -144,7 +190,11 @@ def evaluations(rank, cases, data):
 def everything(rank, data):
     "One start of the processes for all tests."
     evaluations(rank, CASES.values(), data)
-    return {"total": total(torch.tensor([rank, 1])), "threads": torch.get_num_threads(), **{name: steps(rank, case, data) for name, case in (CASES | LOOSE).items()}}
+    return {
+        "total": total(torch.tensor([rank, 1])),
+        "threads": torch.get_num_threads(),
+        **{name: steps(rank, case, data) for name, case in (CASES | LOOSE).items()},
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -152,23 +202,34 @@ def run(request, tmp_path_factory):
     "What each rank made of its parts of the batches, and a function that gives what one process makes of the joined ones."
     data, threads = batches(request.param), torch.get_num_threads()
     torch.set_num_threads(1)
-    yield in_processes(request.param, tmp_path_factory.mktemp("run"), everything, data, timeout=120), cache(lambda name: steps(None, CASES[name], data))
+    yield (
+        in_processes(request.param, tmp_path_factory.mktemp("run"), everything, data, timeout=120),
+        cache(lambda name: steps(None, CASES[name], data)),
+    )
     torch.set_num_threads(threads)
 
 
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
-def close(a, b): return a.keys() == b.keys() and all(torch.allclose(value, b[key], rtol=1e-12, atol=1e-12) for key, value in a.items())
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all(
+        torch.allclose(value, b[key], rtol=1e-12, atol=1e-12) for key, value in a.items()
+    )
 
 
 def test_every_process_answers(run):
     outs, _ = run
-    for out in outs: assert out["total"].tolist() == [sum(range(len(outs))), len(outs)] and out["threads"] == 1
+    for out in outs:
+        assert out["total"].tolist() == [sum(range(len(outs))), len(outs)] and out["threads"] == 1
 
 
 @pytest.mark.parametrize("name", CASES | LOOSE)
 def test_ranks_agree(name, run):
     first, *others = [out[name] for out in run[0]]
-    for other in others: assert equal(other["start"], first["start"]) and equal(other["state"], first["state"])
+    for other in others:
+        assert equal(other["start"], first["start"]) and equal(other["state"], first["state"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -179,8 +240,12 @@ def test_ranks_start_as_one_process_does(name, run):
 @pytest.mark.parametrize("name", COMPARED)
 def test_ranks_make_what_one_process_makes(name, run):
     outs, one = [out[name] for out in run[0]], run[1](name)
-    for key in ("z_q", "codes"): assert torch.allclose(torch.cat([out[key] for out in outs]), one[key], rtol=0, atol=1e-12), key
-    for out in outs: assert close(out["state"], one["state"])
+    for key in ("z_q", "codes"):
+        assert torch.allclose(
+            torch.cat([out[key] for out in outs]), one[key], rtol=0, atol=1e-12
+        ), key
+    for out in outs:
+        assert close(out["state"], one["state"])
     assert torch.equal(outs[0]["random"], one["random"])  # the next draw will be the same, too
 
 
@@ -190,13 +255,23 @@ def test_losses_and_gradients_are_parts_of_those_of_one_process(name, run):
     shares = [len(out["z_q"]) / len(one["z_q"]) for out in outs]
     joined = lambda values: sum(share * value for share, value in zip(shares, values))
     assert torch.allclose(joined(out["loss"] for out in outs), one["loss"], rtol=1e-12, atol=1e-12)
-    assert torch.allclose(torch.cat([share * out["z.grad"] for share, out in zip(shares, outs)]), one["z.grad"], rtol=1e-11, atol=1e-12)
-    assert close({key: joined(out["grads"][key] for out in outs) for key in outs[0]["grads"]}, one["grads"])
+    assert torch.allclose(
+        torch.cat([share * out["z.grad"] for share, out in zip(shares, outs)]),
+        one["z.grad"],
+        rtol=1e-11,
+        atol=1e-12,
+    )
+    assert close(
+        {key: joined(out["grads"][key] for out in outs) for key in outs[0]["grads"]}, one["grads"]
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.without])
 def test_the_upkeep_acts(name, run):
-    tables = [next(value for key, value in run[1](n)["state"].items() if key.endswith("weight")) for n in (name, CASES[name].without)]
+    tables = [
+        next(value for key, value in run[1](n)["state"].items() if key.endswith("weight"))
+        for n in (name, CASES[name].without)
+    ]
     assert (tables[0] - tables[1]).abs().amax(1).gt(1e-3).any()
 
 
@@ -204,17 +279,30 @@ def test_a_code_is_dead_where_no_rank_chooses_it(run):
     outs, one = run
     kept, died = "replace, every code chosen by some rank", "replace, no code dead for one rank"
     for out in outs:
-        assert torch.equal(out[kept]["state"]["book.weight"], out[kept]["start"]["book.weight"]) and not out[kept]["state"]["alive.idle"].any()
-        assert torch.equal(out[died]["state"]["book.weight"][:4], out[died]["start"]["book.weight"][:4])
-        assert not torch.equal(out[died]["state"]["book.weight"][4:], out[died]["start"]["book.weight"][4:])
+        assert (
+            torch.equal(out[kept]["state"]["book.weight"], out[kept]["start"]["book.weight"])
+            and not out[kept]["state"]["alive.idle"].any()
+        )
+        assert torch.equal(
+            out[died]["state"]["book.weight"][:4], out[died]["start"]["book.weight"][:4]
+        )
+        assert not torch.equal(
+            out[died]["state"]["book.weight"][4:], out[died]["start"]["book.weight"][4:]
+        )
 
 
-@pytest.mark.parametrize("spec", [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))])
+@pytest.mark.parametrize(
+    "spec", [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))]
+)
 def test_one_process_alone_calls_no_collective(spec, monkeypatch):
     without_collectives(monkeypatch)
     wanted = {"life_span": 1, "refit": 1, "init": "kmeans", "entropy": 1.0}
-    quantizer = recipe(spec, 4, 16, **{name: value for name, value in wanted.items() if name in keywords(spec)}).train()
-    for _ in range(2): out = quantizer(torch.randn(2, 2, 2, 4, requires_grad=True)); (out.loss + out.z_q.sum()).backward()
+    quantizer = recipe(
+        spec, 4, 16, **{name: value for name, value in wanted.items() if name in keywords(spec)}
+    ).train()
+    for _ in range(2):
+        out = quantizer(torch.randn(2, 2, 2, 4, requires_grad=True))
+        (out.loss + out.z_q.sum()).backward()
     quantizer.eval()(torch.randn(2, 2, 2, 4))
 
 
@@ -224,34 +312,49 @@ def test_one_process_alone_calls_no_collective_in_any_case(name, monkeypatch):
     steps(None, (CASES | LOOSE)[name], batches(2))
 
 
-@pytest.mark.parametrize("backends,sent", [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")])
+@pytest.mark.parametrize(
+    "backends,sent",
+    [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu")],
+)
 def test_a_model_built_on_the_cpu_can_be_sent_by_a_backend_of_the_gpu(backends, sent, monkeypatch):
     devices = []
-    for name, stand_in in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_backend_config": lambda: backends,
-                           "broadcast": lambda x, source: devices.append(x.device.type)}.items(): monkeypatch.setattr(dist, name, stand_in)
-    with FakeTensorMode(): x = torch.zeros(3); out = from_first(x)  # shapes and devices alone: no GPU is needed
+    for name, stand_in in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "get_backend_config": lambda: backends,
+        "broadcast": lambda x, source: devices.append(x.device.type),
+    }.items():
+        monkeypatch.setattr(dist, name, stand_in)
+    with FakeTensorMode():
+        x = torch.zeros(3)
+        out = from_first(x)  # shapes and devices alone: no GPU is needed
     assert out is x and devices == [sent] and x.device.type == "cpu"
 
 
 def raise_on_one(rank):
-    if rank == 1: raise KeyError("the second process fails")
+    if rank == 1:
+        raise KeyError("the second process fails")
     dist.barrier()
 
 
 def hang_on_one(rank):
-    if rank == 1: time.sleep(600)
+    if rank == 1:
+        time.sleep(600)
     dist.barrier()
 
 
 def test_a_failure_is_told(tmp_path):
-    with pytest.raises(RuntimeError, match=r"\[1\] failed(.|\n)*the second process fails"): in_processes(2, tmp_path, raise_on_one)
+    with pytest.raises(RuntimeError, match=r"\[1\] failed(.|\n)*the second process fails"):
+        in_processes(2, tmp_path, raise_on_one)
 
 
 def test_a_hang_is_a_failure(tmp_path):
-    with pytest.raises(TimeoutError, match="had not ended after 8 s"): in_processes(2, tmp_path, hang_on_one, timeout=8)
+    with pytest.raises(TimeoutError, match="had not ended after 8 s"):
+        in_processes(2, tmp_path, hang_on_one, timeout=8)
 
 
 def test_share_refuses_an_empty_part():
     assert [len(part) for part in share(torch.zeros(8, 2), [5, 3])] == [5, 3]
     for sizes in ([4, 0], [8, 0], [3, 3]):
-        with pytest.raises(ValueError, match="add up to"): share(torch.zeros(4 if sum(sizes) == 4 else 8, 2), sizes)
+        with pytest.raises(ValueError, match="add up to"):
+            share(torch.zeros(4 if sum(sizes) == 4 else 8, 2), sizes)

@@ -1,26 +1,42 @@
 """Every rule against its matrix form or float64 autograd; the forward value to the last bit; the corners."""
+
 import pytest
 import torch
-from vqstudy.estimators import estimate, full, none, reflection, rotation, straight_through, synchronized
+from vqstudy.estimators import estimate, full, none, reflection, rotation, straight_through
+from vqstudy.estimators import synchronized
 
 RULES = {
-    "straight_through": straight_through, "none": none, "full": full, "synchronized": synchronized(0.3), "rotation": rotation(),
-    "rotation unit": rotation("unit"), "rotation distance": rotation("distance"), "rotation projected": rotation(project=True),
-    "reflection": reflection(), "reflection unit": reflection("unit"),
+    "straight_through": straight_through,
+    "none": none,
+    "full": full,
+    "synchronized": synchronized(0.3),
+    "rotation": rotation(),
+    "rotation unit": rotation("unit"),
+    "rotation distance": rotation("distance"),
+    "rotation projected": rotation(project=True),
+    "reflection": reflection(),
+    "reflection unit": reflection("unit"),
 }
 SHAPES = [(1, 2), (7, 3), (40, 16), (5, 64)]
 
 
-def unit(t): return t / t.norm(dim=1, keepdim=True)
+def unit(t):
+    return t / t.norm(dim=1, keepdim=True)
 
 
 def turned(z, q, z_leaf, mirror=False):
     "R z_leaf with R as a matrix, constant: the rotation (or the mirror) of z's direction to q's."
     e, u, eye = unit(z), unit(q), torch.eye(z.shape[1], dtype=z.dtype)
     outer = lambda a, b: a[:, :, None] * b[:, None]
-    if mirror: r = unit(e - u); R = eye - 2 * outer(r, r)
-    else: w = unit(e + u); R = eye - 2 * outer(w, w) + 2 * outer(u, e)
-    assert torch.allclose((R @ e[..., None])[..., 0], u) and torch.allclose(torch.linalg.det(R), torch.full((len(z),), -1.0 if mirror else 1.0, dtype=z.dtype))
+    if mirror:
+        r = unit(e - u)
+        R = eye - 2 * outer(r, r)
+    else:
+        w = unit(e + u)
+        R = eye - 2 * outer(w, w) + 2 * outer(u, e)
+    assert torch.allclose((R @ e[..., None])[..., 0], u) and torch.allclose(
+        torch.linalg.det(R), torch.full((len(z),), -1.0 if mirror else 1.0, dtype=z.dtype)
+    )
     return (R @ z_leaf[..., None])[..., 0]
 
 
@@ -29,11 +45,20 @@ def naive(name, z, q):
     ratio = (q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)).detach()
     zd, qd = z.detach(), q.detach()
     return {
-        "straight_through": lambda: z + (q - z).detach(), "none": lambda: q, "full": lambda: z + q, "synchronized": lambda: z + 0.3 * q,
-        "rotation": lambda: ratio * turned(zd, qd, z), "rotation unit": lambda: turned(zd, qd, z),
-        "rotation distance": lambda: turned(zd, qd, z) / (8 * (qd - zd).pow(2).sum(1, keepdim=True)),
-        "rotation projected": lambda: ratio * turned(zd, qd, unit(z)) * zd.norm(dim=1, keepdim=True),
-        "reflection": lambda: ratio * turned(zd, qd, z, mirror=True), "reflection unit": lambda: turned(zd, qd, z, mirror=True),
+        "straight_through": lambda: z + (q - z).detach(),
+        "none": lambda: q,
+        "full": lambda: z + q,
+        "synchronized": lambda: z + 0.3 * q,
+        "rotation": lambda: ratio * turned(zd, qd, z),
+        "rotation unit": lambda: turned(zd, qd, z),
+        "rotation distance": lambda: (
+            turned(zd, qd, z) / (8 * (qd - zd).pow(2).sum(1, keepdim=True))
+        ),
+        "rotation projected": lambda: (
+            ratio * turned(zd, qd, unit(z)) * zd.norm(dim=1, keepdim=True)
+        ),
+        "reflection": lambda: ratio * turned(zd, qd, z, mirror=True),
+        "reflection unit": lambda: turned(zd, qd, z, mirror=True),
     }[name]()
 
 
@@ -57,19 +82,34 @@ def test_forward_is_q_to_the_last_bit(name, dtype):
     out = estimate(z, q, RULES[name])
     assert torch.equal(out, q) and out.dtype == dtype
     out.sum().backward()
-    assert z.grad.dtype == q.grad.dtype == dtype and z.grad.isfinite().all() and q.grad.isfinite().all()
+    assert (
+        z.grad.dtype == q.grad.dtype == dtype
+        and z.grad.isfinite().all()
+        and q.grad.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("case", ["opposite", "nearly opposite", "z zero", "q zero", "tiny z", "equal", "both zero"])
+@pytest.mark.parametrize(
+    "case", ["opposite", "nearly opposite", "z zero", "q zero", "tiny z", "equal", "both zero"]
+)
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_corners_are_finite(name, case, d):
     torch.manual_seed(1)
     z = torch.randn(6, d)
-    q = {"opposite": -z, "nearly opposite": -z + 1e-7 * torch.randn_like(z), "z zero": z, "q zero": 0 * z, "tiny z": z, "equal": z.clone(), "both zero": 0 * z}[case]
+    q = {
+        "opposite": -z,
+        "nearly opposite": -z + 1e-7 * torch.randn_like(z),
+        "z zero": z,
+        "q zero": 0 * z,
+        "tiny z": z,
+        "equal": z.clone(),
+        "both zero": 0 * z,
+    }[case]
     z = {"z zero": 0 * z, "tiny z": 1e-12 * z, "both zero": 0 * z}.get(case, z)
     g = torch.randn(6, d)
-    for grad in RULES[name](z, q, g): assert grad.isfinite().all() and grad.norm() <= 1.01e6 * g.norm()
+    for grad in RULES[name](z, q, g):
+        assert grad.isfinite().all() and grad.norm() <= 1.01e6 * g.norm()
     if case in ("z zero", "q zero", "both zero") and name.startswith(("rotation", "reflection")):
         assert torch.equal(RULES[name](z, q, g)[0], g)
 
@@ -80,7 +120,9 @@ def test_a_half_turn_keeps_the_angle(d):
     z = torch.randn(20, d, dtype=torch.float64)
     g = torch.randn_like(z)
     grad = rotation("unit")(z, -z, g)[0]
-    assert torch.allclose((grad * z).sum(1), -(g * z).sum(1)) and torch.allclose(grad.norm(dim=1), g.norm(dim=1))
+    assert torch.allclose((grad * z).sum(1), -(g * z).sum(1)) and torch.allclose(
+        grad.norm(dim=1), g.norm(dim=1)
+    )
 
 
 def test_the_factor_is_clamped():
@@ -92,7 +134,9 @@ def test_projected_has_no_radial_part():
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 100, 9, dtype=torch.float64)
     grad = rotation(project=True)(z, q, g)[0]
-    assert (grad * z).sum(1).abs().max() < 1e-12 and (rotation()(z, q, g)[0] * z).sum(1).abs().max() > 0.1
+    assert (grad * z).sum(1).abs().max() < 1e-12 and (rotation()(z, q, g)[0] * z).sum(
+        1
+    ).abs().max() > 0.1
 
 
 def test_on_the_sphere_norm_and_unit_coincide():
@@ -112,7 +156,8 @@ def test_leading_shapes_and_strides(name):
     z, q = z.mT.contiguous().mT.requires_grad_(), q.clone().requires_grad_()
     whole = torch.autograd.grad(estimate(z, q, RULES[name]), (z, q), g)
     flat = RULES[name](z.reshape(-1, 5).detach(), q.reshape(-1, 5).detach(), g.reshape(-1, 5))
-    for a, b in zip(whole, flat): assert torch.allclose(a.reshape(-1, 5), b)
+    for a, b in zip(whole, flat):
+        assert torch.allclose(a.reshape(-1, 5), b)
 
 
 @pytest.mark.parametrize("name", ["straight_through", "synchronized", "rotation", "reflection"])
@@ -121,14 +166,24 @@ def test_compiles_without_a_break(name):
     z, q = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     step = lambda z, q: (estimate(z, q, RULES[name]) ** 2).sum()
     eager = torch.autograd.grad(step(z, q), (z, q))
-    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(z, q), (z, q))
-    for a, b in zip(eager, compiled): assert torch.allclose(a, b)
+    compiled = torch.autograd.grad(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(z, q), (z, q)
+    )
+    for a, b in zip(eager, compiled):
+        assert torch.allclose(a, b)
 
 
 def test_bad_arguments_are_named():
     z = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"agree in shape, dtype and device, got \(2, 3\).*\(2, 2\)"): estimate(z, z[:, :2])
-    with pytest.raises(ValueError, match="float64"): estimate(z, z.double())
-    with pytest.raises(TypeError, match="rule must be a function"): estimate(z, z, "ste")
-    with pytest.raises(ValueError, match="got 'length'"): rotation("length")
-    with pytest.raises(ValueError, match="got 'length'"): reflection("length")
+    with pytest.raises(
+        ValueError, match=r"agree in shape, dtype and device, got \(2, 3\).*\(2, 2\)"
+    ):
+        estimate(z, z[:, :2])
+    with pytest.raises(ValueError, match="float64"):
+        estimate(z, z.double())
+    with pytest.raises(TypeError, match="rule must be a function"):
+        estimate(z, z, "ste")
+    with pytest.raises(ValueError, match="got 'length'"):
+        rotation("length")
+    with pytest.raises(ValueError, match="got 'length'"):
+        reflection("length")

@@ -1,20 +1,33 @@
 """torch.func over stacked codebooks, and properties that hold for any input."""
+
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch.func import functional_call, grad, stack_module_state, vmap
-from vqstudy.estimators import estimate, exact, full, hessian, none, reflection, rotation, straight_through, synchronized
+from vqstudy.estimators import estimate, exact, full, hessian, none, reflection, rotation
+from vqstudy.estimators import straight_through, synchronized
 from vqstudy.measure import code_counts, perplexity, usage
 from vqstudy.quantizers import recipe, recipes
 from vqstudy.search import nearest
 from vqstudy.vector import VectorQuantizer
 
-RULES = {"straight_through": straight_through, "none": none, "full": full, "synchronized": synchronized(0.3), "rotation": rotation(), "rotation unit": rotation("unit"),
-         "rotation distance": rotation("distance"), "rotation projected": rotation(project=True), "reflection": reflection(), "reflection unit": reflection("unit")}
+RULES = {
+    "straight_through": straight_through,
+    "none": none,
+    "full": full,
+    "synchronized": synchronized(0.3),
+    "rotation": rotation(),
+    "rotation unit": rotation("unit"),
+    "rotation distance": rotation("distance"),
+    "rotation projected": rotation(project=True),
+    "reflection": reflection(),
+    "reflection unit": reflection("unit"),
+}
 rules = pytest.mark.parametrize("name", RULES)
 
 
 # ---- torch.func ----
+
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("budget", [64 * 2**20, 1])
@@ -22,17 +35,26 @@ def test_nearest_over_stacked_codebooks(metric, budget):
     torch.manual_seed(0)
     z, codebooks = torch.randn(5, 40, 8), torch.randn(5, 16, 8)
     search = lambda z, codebook: nearest(z, codebook, metric, budget=budget, check_finite=False)
-    assert torch.equal(vmap(search)(z, codebooks), torch.stack([search(*pair) for pair in zip(z, codebooks)]))
-    assert torch.equal(vmap(search, (None, 0))(z[0], codebooks), torch.stack([search(z[0], c) for c in codebooks]))
-    assert torch.equal(vmap(search, (0, None))(z, codebooks[0]), torch.stack([search(x, codebooks[0]) for x in z]))
+    assert torch.equal(
+        vmap(search)(z, codebooks), torch.stack([search(*pair) for pair in zip(z, codebooks)])
+    )
+    assert torch.equal(
+        vmap(search, (None, 0))(z[0], codebooks), torch.stack([search(z[0], c) for c in codebooks])
+    )
+    assert torch.equal(
+        vmap(search, (0, None))(z, codebooks[0]), torch.stack([search(x, codebooks[0]) for x in z])
+    )
 
 
 def test_what_nearest_cannot_do_under_vmap():
     "A look at values; torch says so."
     z, codebooks = torch.randn(2, 4, 3), torch.randn(2, 5, 3)
-    with pytest.raises(RuntimeError, match="data-dependent control flow"): vmap(nearest)(z, codebooks)
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        vmap(nearest)(z, codebooks)
     exact = lambda z, c: nearest(z, c, exact=True, check_finite=False)
-    assert torch.equal(vmap(exact)(z, codebooks), torch.stack([exact(*pair) for pair in zip(z, codebooks)]))
+    assert torch.equal(
+        vmap(exact)(z, codebooks), torch.stack([exact(*pair) for pair in zip(z, codebooks)])
+    )
 
 
 @rules
@@ -43,32 +65,45 @@ def test_estimate_under_vmap_and_grad_equals_a_loop(name, dtype):
     z[0, 0], q[0, 1], q[1, 0] = 0, 0, -z[1, 0]  # the corners too
     task = lambda z, q, g: (estimate(z, q, RULES[name]) * g).sum()
     loop = []
-    for a, b, c in zip(z.clone().requires_grad_(), q.clone().requires_grad_(), g): loop.append(torch.autograd.grad(task(a, b, c), (a, b)))
+    for a, b, c in zip(z.clone().requires_grad_(), q.clone().requires_grad_(), g):
+        loop.append(torch.autograd.grad(task(a, b, c), (a, b)))
     loop = [torch.stack(grads) for grads in zip(*loop)]
     assert torch.equal(vmap(lambda z, q: estimate(z, q, RULES[name]))(z, q), q)
-    for ours, theirs in zip(vmap(grad(task, (0, 1)))(z, q, g), loop): assert torch.allclose(ours, theirs, rtol=1e-12)
-    each = [torch.stack(grads) for grads in zip(*(grad(task, (0, 1))(*one) for one in zip(z, q, g)))]
+    for ours, theirs in zip(vmap(grad(task, (0, 1)))(z, q, g), loop):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+    each = [
+        torch.stack(grads) for grads in zip(*(grad(task, (0, 1))(*one) for one in zip(z, q, g)))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(each, loop))
     a, b = z.clone().requires_grad_(), q.clone().requires_grad_()
-    around = torch.autograd.grad((vmap(lambda z, q: estimate(z, q, RULES[name]))(a, b) * g).sum(), (a, b))
-    for ours, theirs in zip(around, loop): assert torch.allclose(ours, theirs, rtol=1e-12)
+    around = torch.autograd.grad(
+        (vmap(lambda z, q: estimate(z, q, RULES[name]))(a, b) * g).sum(), (a, b)
+    )
+    for ours, theirs in zip(around, loop):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
 @rules
 def test_one_z_for_many_q(name):
     torch.manual_seed(0)
-    z, q, g = torch.randn(6, 5, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
+    z, q, g = (
+        torch.randn(6, 5, dtype=torch.float64),
+        torch.randn(4, 6, 5, dtype=torch.float64),
+        torch.randn(4, 6, 5, dtype=torch.float64),
+    )
     task = lambda z, q, g: (estimate(z, q, RULES[name]) * g).sum()
     ours = vmap(grad(task, (0, 1)), (None, 0, 0))(z, q, g)
     for i in range(4):
-        for a, b in zip(ours, grad(task, (0, 1))(z, q[i], g[i])): assert torch.allclose(a[i], b, rtol=1e-12)
+        for a, b in zip(ours, grad(task, (0, 1))(z, q[i], g[i])):
+            assert torch.allclose(a[i], b, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rule", [exact, hessian])
 def test_rules_that_ask_the_decoder_stay_outside_torch_func(rule):
     "They run autograd inside the backward pass, which torch.func refuses by name."
     z, q = torch.randn(2, 4, 3)
-    with pytest.raises(RuntimeError, match="requires_grad_.*functorch transform"): grad(lambda z: estimate(z, q, rule(lambda v: v.pow(3).sum())).sum())(z)
+    with pytest.raises(RuntimeError, match="requires_grad_.*functorch transform"):
+        grad(lambda z: estimate(z, q, rule(lambda v: v.pow(3).sum())).sum())(z)
 
 
 def ensemble(**options):
@@ -77,27 +112,56 @@ def ensemble(**options):
     return parts, *stack_module_state(parts), torch.randn(4, 30, 8)
 
 
-@pytest.mark.parametrize("options", [{}, {"l2": True}, {"decay": 0.9}, {"metric": "cosine"}, {"rule": rotation()}, {"life_span": 5}], ids=lambda o: ", ".join(o) or "plain")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"l2": True},
+        {"decay": 0.9},
+        {"metric": "cosine"},
+        {"rule": rotation()},
+        {"life_span": 5},
+    ],
+    ids=lambda o: ", ".join(o) or "plain",
+)
 def test_an_ensemble_evaluates_as_one(options):
     parts, parameters, buffers, z = ensemble(**options)
-    for part in parts: part.eval()
+    for part in parts:
+        part.eval()
     out = vmap(lambda p, b, z: functional_call(parts[0], (p, b), (z,)))(parameters, buffers, z)
     for one, (z_q, codes, loss) in zip((part(x) for part, x in zip(parts, z)), zip(*out)):
-        assert torch.equal(z_q, one.z_q) and torch.equal(codes, one.codes) and torch.allclose(loss, one.loss)
+        assert (
+            torch.equal(z_q, one.z_q)
+            and torch.equal(codes, one.codes)
+            and torch.allclose(loss, one.loss)
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"l2": True}, {"rule": rotation()}, {"rule": synchronized(0.2), "alpha": 5.0, "beta": 0.9}], ids=lambda o: ", ".join(o) or "plain")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"l2": True},
+        {"rule": rotation()},
+        {"rule": synchronized(0.2), "alpha": 5.0, "beta": 0.9},
+    ],
+    ids=lambda o: ", ".join(o) or "plain",
+)
 def test_an_ensemble_learns_as_one(options):
     parts, parameters, buffers, z = ensemble(**options)
+
     def task(p, b, z):
         out = functional_call(parts[0], (p, b), (z,))
         return out.z_q.pow(2).sum() + out.loss
+
     to_weights, to_z = vmap(grad(task, (0, 2)))(parameters, buffers, z)
     for i, part in enumerate(parts):
         leaf = z[i].clone().requires_grad_()
         out = part(leaf)
         (out.z_q.pow(2).sum() + out.loss).backward()
-        assert torch.allclose(to_z[i], leaf.grad, atol=1e-6) and torch.allclose(to_weights["book.weight"][i], part.book.weight.grad, atol=1e-6)
+        assert torch.allclose(to_z[i], leaf.grad, atol=1e-6) and torch.allclose(
+            to_weights["book.weight"][i], part.book.weight.grad, atol=1e-6
+        )
         assert part.book.weight.grad.abs().max() > 0
 
 
@@ -107,20 +171,39 @@ seeds, small = st.integers(0, 10**6), st.integers(1, 40)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(seeds, small, small, st.integers(1, 20), dtypes, st.booleans(), st.floats(-3, 3), st.floats(0, 100))
+@given(
+    seeds,
+    small,
+    small,
+    st.integers(1, 20),
+    dtypes,
+    st.booleans(),
+    st.floats(-3, 3),
+    st.floats(0, 100),
+)
 @settings(max_examples=150, deadline=None)
-def test_the_nearest_code_is_never_farther_than_any_other(seed, n, k, d, dtype, decided, scale, shift):
+def test_the_nearest_code_is_never_farther_than_any_other(
+    seed, n, k, d, dtype, decided, scale, shift
+):
     g = torch.Generator().manual_seed(seed)
     z, codebook = ((10**scale * torch.randn(m, d, generator=g) + shift).to(dtype) for m in (n, k))
     distance = (z.double()[:, None] - codebook.double()).pow(2).sum(-1)
     codes = nearest(z, codebook, exact=decided)
     excess = distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)
     assert codes.shape == (n,) and codes.dtype == torch.int64
-    if decided: assert (excess == 0).all()
-    else: assert (excess <= 4e-7 * (z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max())).all()
+    if decided:
+        assert (excess == 0).all()
+    else:
+        assert (
+            excess <= 4e-7 * (z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max())
+        ).all()
 
 
-@given(st.integers(1, 60).flatmap(lambda k: st.tuples(st.just(k), st.lists(st.integers(0, k - 1), min_size=1, max_size=200))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda k: st.tuples(st.just(k), st.lists(st.integers(0, k - 1), min_size=1, max_size=200))
+    )
+)
 @example((1, [0]))
 @example((60, [59]))
 @settings(max_examples=100, deadline=None)
@@ -132,11 +215,22 @@ def test_perplexity_and_usage_lie_where_they_must(drawn):
 
 
 # lfq and bsq reward diversity, and sq's posterior entropy counts against its loss: these may be negative. exact and hessian have vq's loss.
-NEVER_NEGATIVE = [spec for spec in recipes() if spec.split(" + ")[0] not in ("lfq", "bsq", "sq") and not {"exact", "hessian"} & set(spec.split(" + "))]
+NEVER_NEGATIVE = [
+    spec
+    for spec in recipes()
+    if spec.split(" + ")[0] not in ("lfq", "bsq", "sq")
+    and not {"exact", "hessian"} & set(spec.split(" + "))
+]
 
 
 @pytest.mark.parametrize("spec", NEVER_NEGATIVE)
-@given(seed=seeds, n=st.integers(1, 12), k=st.sampled_from([1, 2, 4, 8, 64]), d=st.sampled_from([2, 4, 8]), scale=st.floats(-2, 2))
+@given(
+    seed=seeds,
+    n=st.integers(1, 12),
+    k=st.sampled_from([1, 2, 4, 8, 64]),
+    d=st.sampled_from([2, 4, 8]),
+    scale=st.floats(-2, 2),
+)
 @settings(max_examples=15, deadline=None)
 def test_losses_are_never_negative(spec, seed, n, k, d, scale):
     torch.manual_seed(seed)

@@ -1,4 +1,5 @@
 """The gradient gap and the divergences: known answers, purity, several quantizers, batch norm, autocast; scipy where it has the same."""
+
 import copy
 import math
 import pytest
@@ -12,9 +13,16 @@ from vqstudy.quantizers import NoQuantizer, VectorQuantizer, recipe, recipes
 
 class Two(nn.Module):
     "Two quantizers, the second behind the first, with batch norm and dropout."
+
     def __init__(self, *quantizers):
         super().__init__()
-        self.first, self.norm, self.second, self.drop, self.out = nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 6)
+        self.first, self.norm, self.second, self.drop, self.out = (
+            nn.Linear(6, 4),
+            nn.BatchNorm1d(4),
+            nn.Linear(4, 4),
+            nn.Dropout(0.3),
+            nn.Linear(4, 6),
+        )
         self.quantizers = nn.ModuleList(quantizers)
 
     def forward(self, x):
@@ -22,35 +30,77 @@ class Two(nn.Module):
         return self.out(self.drop(self.quantizers[1](torch.tanh(self.second(a))).z_q))
 
 
-def loss(model, x): return (model(x) - x).pow(2).mean()
-def reconstruction(model, x): return (model(x).x - x).pow(2).mean()
-def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def loss(model, x):
+    return (model(x) - x).pow(2).mean()
+
+
+def reconstruction(model, x):
+    return (model(x).x - x).pow(2).mean()
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_nothing_is_changed_and_the_same_comes_again(train):
     torch.manual_seed(0)
-    model, x = Two(recipe("vq + ema + replace", 4, 16, life_span=1), recipe("stochastic", 4, 16)).train(train), torch.randn(20, 6)
+    model, x = (
+        Two(recipe("vq + ema + replace", 4, 16, life_span=1), recipe("stochastic", 4, 16)).train(
+            train
+        ),
+        torch.randn(20, 6),
+    )
     model(x).sum().backward()
-    before, grads, random = state(model), [p.grad.clone() if p.grad is not None else None for p in model.parameters()], torch.get_rng_state()
+    before, grads, random = (
+        state(model),
+        [p.grad.clone() if p.grad is not None else None for p in model.parameters()],
+        torch.get_rng_state(),
+    )
     gap = gradient_gap(model, loss, x)
     assert gap == gradient_gap(model, loss, x) and gap.total > 0 and gap.relative > 0
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), random)
-    assert all(g is None and p.grad is None or torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads))
-    assert set(gap.layers) == {"first", "norm", "second"} and gap.total == pytest.approx(sum(gap.layers.values())) and model.training == train
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(
+        torch.get_rng_state(), random
+    )
+    assert all(
+        g is None and p.grad is None or torch.equal(p.grad, g)
+        for p, g in zip(model.parameters(), grads)
+    )
+    assert (
+        set(gap.layers) == {"first", "norm", "second"}
+        and gap.total == pytest.approx(sum(gap.layers.values()))
+        and model.training == train
+    )
 
 
 def test_against_two_models_by_hand():
     torch.manual_seed(0)
-    with_, x = Two(VectorQuantizer(4, 16), VectorQuantizer(4, 16)).double(), torch.randn(20, 6, dtype=torch.float64)
+    with_, x = (
+        Two(VectorQuantizer(4, 16), VectorQuantizer(4, 16)).double(),
+        torch.randn(20, 6, dtype=torch.float64),
+    )
     with_.drop.p = 0.0
     without = copy.deepcopy(with_)
     without.quantizers = nn.ModuleList([NoQuantizer(4), NoQuantizer(4)])
-    for model in (with_, without): loss(model, x).backward()
-    g, ghat = (torch.cat([p.grad.flatten() for name, p in m.named_parameters() if name.split(".")[0] in ("first", "norm", "second")]) for m in (without, with_))
+    for model in (with_, without):
+        loss(model, x).backward()
+    g, ghat = (
+        torch.cat(
+            [
+                p.grad.flatten()
+                for name, p in m.named_parameters()
+                if name.split(".")[0] in ("first", "norm", "second")
+            ]
+        )
+        for m in (without, with_)
+    )
     gap = gradient_gap(with_.requires_grad_(True), loss, x)
-    assert gap.total == pytest.approx(float((g - ghat).pow(2).sum()), rel=1e-10) and gap.relative == pytest.approx(float((g - ghat).norm() / g.norm()), rel=1e-10)
-    assert gap.cosine == pytest.approx(1 - float(torch.cosine_similarity(g, ghat, dim=0)), abs=1e-10)
+    assert gap.total == pytest.approx(
+        float((g - ghat).pow(2).sum()), rel=1e-10
+    ) and gap.relative == pytest.approx(float((g - ghat).norm() / g.norm()), rel=1e-10)
+    assert gap.cosine == pytest.approx(
+        1 - float(torch.cosine_similarity(g, ghat, dim=0)), abs=1e-10
+    )
 
 
 def test_batch_norm_and_dropout_are_the_same_in_both_passes():
@@ -58,18 +108,25 @@ def test_batch_norm_and_dropout_are_the_same_in_both_passes():
     model, x = Two(NoQuantizer(4), NoQuantizer(4)).train(), torch.randn(20, 6)
     gap = gradient_gap(model, loss, x)
     assert gap.total == 0 and gap.relative == 0 and abs(gap.cosine) < 1e-12
-    noisy = Two(recipe("vq + nsvq", 4, 16), NoQuantizer(4))  # it draws noise, and the dropout behind it must not see that
+    noisy = Two(
+        recipe("vq + nsvq", 4, 16), NoQuantizer(4)
+    )  # it draws noise, and the dropout behind it must not see that
     noisy.load_state_dict(model.state_dict(), strict=False)
-    with torch.no_grad(): noisy.quantizers[0].book.weight.copy_(noisy.norm(noisy.first(x[:16])))
+    with torch.no_grad():
+        noisy.quantizers[0].book.weight.copy_(noisy.norm(noisy.first(x[:16])))
     assert gradient_gap(noisy, loss, x[:16]).relative < 1e-5
 
 
 def test_the_gap_is_zero_where_every_vector_lies_on_a_code():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 4), VectorQuantizer(4, 20), nn.Linear(4, 6)).double(), torch.randn(20, 6, dtype=torch.float64)
+    model, x = (
+        nn.Sequential(nn.Linear(6, 4), VectorQuantizer(4, 20), nn.Linear(4, 6)).double(),
+        torch.randn(20, 6, dtype=torch.float64),
+    )
     task = lambda m, x: (m[2](m[1](m[0](x)).z_q) - x).pow(2).mean()
     assert gradient_gap(model, task, x).total > 1e-6
-    with torch.no_grad(): model[1].book.weight.copy_(model[0](x))
+    with torch.no_grad():
+        model[1].book.weight.copy_(model[0](x))
     assert gradient_gap(model, task, x).total == 0
 
 
@@ -78,23 +135,43 @@ def test_the_bound_of_the_gap_holds_for_a_smooth_decoder():
     torch.manual_seed(0)
     for seed in range(5):
         torch.manual_seed(seed)
-        encode, decode, x = nn.Linear(6, 4).double(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double(), torch.randn(1, 6, dtype=torch.float64)
+        encode, decode, x = (
+            nn.Linear(6, 4).double(),
+            nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double(),
+            torch.randn(1, 6, dtype=torch.float64),
+        )
         model = nn.Sequential(encode, VectorQuantizer(4, 32).double(), decode)
         gap = gradient_gap(model, lambda m, x: (m[2](m[1](m[0](x)).z_q) - x).pow(2).mean(), x)
         z = encode(x).detach()
         q = model[1].eval()(z).z_q.detach()
-        along = [torch.autograd.functional.hessian(lambda v: (decode(v) - x).pow(2).mean(), q + t * (z - q)).view(4, 4) for t in torch.linspace(0, 1, 50, dtype=torch.float64)]
+        along = [
+            torch.autograd.functional.hessian(
+                lambda v: (decode(v) - x).pow(2).mean(), q + t * (z - q)
+            ).view(4, 4)
+            for t in torch.linspace(0, 1, 50, dtype=torch.float64)
+        ]
         K = max(float(torch.linalg.matrix_norm(H, 2)) for H in along)
-        assert 0 < gap.total**0.5 <= K * float((z - q).norm()) * float((x.pow(2).sum() + 1).sqrt()) * 1.001
+        assert (
+            0
+            < gap.total**0.5
+            <= K * float((z - q).norm()) * float((x.pow(2).sum() + 1).sqrt()) * 1.001
+        )
 
 
-@pytest.mark.parametrize("spec", [spec for spec in recipes() if "exact" not in spec and "hessian" not in spec])
+@pytest.mark.parametrize(
+    "spec", [spec for spec in recipes() if "exact" not in spec and "hessian" not in spec]
+)
 def test_every_recipe_has_a_gap(spec):
     torch.manual_seed(0)
     model, x = Autoencoder(recipe(spec, 8, 16, channel_dim=1), channels=8), torch.rand(4, 3, 32, 32)
     before = state(model)
-    with torch.no_grad(): gap = gradient_gap(model, reconstruction, x)
-    assert math.isfinite(gap.total) and all(name.startswith("encoder") for name in gap.layers) and (gap.relative < 1e-5) == (spec == "none")  # with two threads, convolutions differ in the last bit
+    with torch.no_grad():
+        gap = gradient_gap(model, reconstruction, x)
+    assert (
+        math.isfinite(gap.total)
+        and all(name.startswith("encoder") for name in gap.layers)
+        and (gap.relative < 1e-5) == (spec == "none")
+    )  # with two threads, convolutions differ in the last bit
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -102,40 +179,70 @@ def test_under_autocast():
     torch.manual_seed(0)
     model, x = Autoencoder(recipe("vq", 8, 16, channel_dim=1), channels=8), torch.rand(4, 3, 32, 32)
     plain = gradient_gap(model, reconstruction, x)
-    with torch.autocast("cpu", torch.bfloat16): low = gradient_gap(model, reconstruction, x)
-    assert low.relative == pytest.approx(plain.relative, rel=0.3) and all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = gradient_gap(model, reconstruction, x)
+    assert low.relative == pytest.approx(plain.relative, rel=0.3) and all(
+        p.dtype == torch.float32 for p in model.parameters()
+    )
 
 
 def test_what_cannot_be_measured_is_said():
     x = torch.randn(5, 6)
-    with pytest.raises(ValueError, match="model must contain a quantizer, got Linear"): gradient_gap(nn.Linear(6, 6), lambda m, x: m(x).sum(), x)
-    with pytest.raises(ValueError, match="no encoder"): gradient_gap(VectorQuantizer(6, 4), lambda m, x: m(x).z_q.sum(), x)
+    with pytest.raises(ValueError, match="model must contain a quantizer, got Linear"):
+        gradient_gap(nn.Linear(6, 6), lambda m, x: m(x).sum(), x)
+    with pytest.raises(ValueError, match="no encoder"):
+        gradient_gap(VectorQuantizer(6, 4), lambda m, x: m(x).z_q.sum(), x)
     wide = nn.Sequential(nn.Linear(6, 6), recipe("router", 6, 4).__class__(6, 4, code_dim=3))
-    with pytest.raises(ValueError, match="shape to be bypassed"): gradient_gap(wide, lambda m, x: m(x).z_q.sum(), x)
+    with pytest.raises(ValueError, match="shape to be bypassed"):
+        gradient_gap(wide, lambda m, x: m(x).z_q.sum(), x)
 
 
 @pytest.mark.parametrize("n,k", [(1, 1), (5, 3), (40, 64)])
 def test_divergences_on_a_line_are_scipys(n, k):
     torch.manual_seed(n)
     p, c = torch.randn(n, 1, dtype=torch.float64), torch.randn(k, 1, dtype=torch.float64) + 1
-    assert divergence(p, c, "energy") == pytest.approx(energy_distance(p[:, 0], c[:, 0]) ** 2, rel=1e-9, abs=1e-12)
+    assert divergence(p, c, "energy") == pytest.approx(
+        energy_distance(p[:, 0], c[:, 0]) ** 2, rel=1e-9, abs=1e-12
+    )
     steps = torch.linspace(0, 1, 200_001, dtype=torch.float64)[:-1] + 2.5e-6
     quantile = lambda x: x[:, 0].sort().values[(steps * len(x)).long().clamp_max(len(x) - 1)]
-    assert divergence(p, c, "sliced_wasserstein") == pytest.approx(float((quantile(p) - quantile(c)).pow(2).mean().sqrt()), rel=1e-3)
+    assert divergence(p, c, "sliced_wasserstein") == pytest.approx(
+        float((quantile(p) - quantile(c)).pow(2).mean().sqrt()), rel=1e-3
+    )
     assert divergence(p, c, "sliced_wasserstein") >= wasserstein_distance(p[:, 0], c[:, 0]) - 1e-9
     assert divergence(p, c) == pytest.approx(float((p - c.T).pow(2).amin(1).mean()))
 
 
 def test_divergence_of_two_gaussians_is_the_closed_form():
     torch.manual_seed(0)
-    A, B, shift = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    p, c = torch.randn(400_000, 3, dtype=torch.float64) @ A, torch.randn(400_000, 3, dtype=torch.float64) @ B + shift
-    first, second = (torch.distributions.MultivariateNormal(m, S.T @ S) for m, S in ((torch.zeros(3, dtype=torch.float64), A), (shift, B)))
-    assert divergence(p, c, "gaussian_kl") == pytest.approx(float(torch.distributions.kl_divergence(first, second)), rel=0.02)
+    A, B, shift = (
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64),
+    )
+    p, c = (
+        torch.randn(400_000, 3, dtype=torch.float64) @ A,
+        torch.randn(400_000, 3, dtype=torch.float64) @ B + shift,
+    )
+    first, second = (
+        torch.distributions.MultivariateNormal(m, S.T @ S)
+        for m, S in ((torch.zeros(3, dtype=torch.float64), A), (shift, B))
+    )
+    assert divergence(p, c, "gaussian_kl") == pytest.approx(
+        float(torch.distributions.kl_divergence(first, second)), rel=0.02
+    )
     assert divergence(c[:3], p[:2], "gaussian_kl") < math.inf  # fewer vectors than dimensions
 
 
-@pytest.mark.parametrize("p,c,words", [(torch.zeros(2, 3), torch.zeros(2, 4), "width 3"), (torch.zeros(0, 3), torch.zeros(2, 3), "at least one"), (torch.full((1, 2), torch.nan), torch.zeros(1, 2), "finite"),
-                                       (torch.zeros(2, 2, 3), torch.zeros(2, 3), r"\(n, d\)")])
+@pytest.mark.parametrize(
+    "p,c,words",
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), "width 3"),
+        (torch.zeros(0, 3), torch.zeros(2, 3), "at least one"),
+        (torch.full((1, 2), torch.nan), torch.zeros(1, 2), "finite"),
+        (torch.zeros(2, 2, 3), torch.zeros(2, 3), r"\(n, d\)"),
+    ],
+)
 def test_bad_vectors_are_named(p, c, words):
-    with pytest.raises(ValueError, match=words): divergence(p, c)
+    with pytest.raises(ValueError, match=words):
+        divergence(p, c)

@@ -1,4 +1,5 @@
 """The fused search kernel, run by Triton's interpreter in a process of its own."""
+
 import os
 import subprocess
 import sys
@@ -47,25 +48,54 @@ for name in ("float32", "bfloat16", "float16"): exec(sys.argv[1].replace("DTYPE"
 """
 
 
-@pytest.mark.parametrize("call", [
-    *(f"against_torch({n}, {k}, {d}, DTYPE)" for n, k, d in [(1, 1, 1), (1, 7, 3), (5, 1, 3), (65, 131, 1), (130, 257, 64), (20, 50, 511)]),
-    "ties(70, 200, 3)", "inside_nearest(70, 131, 16, DTYPE, 'euclidean')", "inside_nearest(70, 131, 5, DTYPE, 'cosine')"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(
+            f"against_torch({n}, {k}, {d}, DTYPE)"
+            for n, k, d in [
+                (1, 1, 1),
+                (1, 7, 3),
+                (5, 1, 3),
+                (65, 131, 1),
+                (130, 257, 64),
+                (20, 50, 511),
+            ]
+        ),
+        "ties(70, 200, 3)",
+        "inside_nearest(70, 131, 16, DTYPE, 'euclidean')",
+        "inside_nearest(70, 131, 5, DTYPE, 'cosine')",
+    ],
+)
 def test_kernel_in_the_interpreter(call):
-    ran = subprocess.run([sys.executable, "-c", CHECK, call], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", CHECK, call],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n,k,d", [(1, 1, 1), (33, 65, 1), (1000, 1000, 3), (257, 129, 64), (64, 50, 511), (4096, 8192, 64)])
+@pytest.mark.parametrize(
+    "n,k,d",
+    [(1, 1, 1), (33, 65, 1), (1000, 1000, 3), (257, 129, 64), (64, 50, 511), (4096, 8192, 64)],
+)
 def test_gpu_agrees_with_cpu(n, k, d, dtype):
     from vqstudy.search import distances, nearest
+
     torch.manual_seed(0)
     z, codebook = torch.randn(n, d).to(dtype), torch.randn(k, d).to(dtype)
     exact = nearest(z, codebook, exact=True)
     assert torch.equal(nearest(z.cuda(), codebook.cuda(), exact=True).cpu(), exact)
-    excess = distances(z.double(), codebook.double(), nearest(z.cuda(), codebook.cuda()).cpu()) - distances(z.double(), codebook.double(), exact)
-    assert (excess <= 4e-7 * (z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max())).all()
+    excess = distances(
+        z.double(), codebook.double(), nearest(z.cuda(), codebook.cuda()).cpu()
+    ) - distances(z.double(), codebook.double(), exact)
+    assert (
+        excess <= 4e-7 * (z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max())
+    ).all()
 
 
 def test_search_does_not_import_triton():

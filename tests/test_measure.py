@@ -1,4 +1,5 @@
 """Measures of usage from summed counts, and scores that no batch size changes."""
+
 import math
 from functools import partial
 import pytest
@@ -21,7 +22,9 @@ def test_perplexity_lies_between_one_and_the_used_codes(counts):
 
 def test_known_perplexities():
     assert perplexity(torch.tensor([3, 3, 3, 3])) == pytest.approx(4)
-    assert perplexity(torch.tensor([1, 3])) == pytest.approx(math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3)))
+    assert perplexity(torch.tensor([1, 3])) == pytest.approx(
+        math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
+    )
     assert usage(torch.tensor([1, 0, 5, 0])) == 0.5
 
 
@@ -34,11 +37,21 @@ def test_meter_against_the_whole_set():
     z, codes = 100 + torch.randn(1000, 6), torch.randint(7, (1000,))
     q = z + 0.1 * torch.randn_like(z)
     meter = Meter(7)
-    for i in torch.arange(1000).split(37): meter.update(z[i], q[i], codes[i])
+    for i in torch.arange(1000).split(37):
+        meter.update(z[i], q[i], codes[i])
     got = meter.compute()
     assert got["quantization_error"] == pytest.approx(float((z - q).double().pow(2).mean()))
-    assert got["relative_error"] == pytest.approx(float((z - q).double().pow(2).sum() / (1000 * torch.cov(z.double().T, correction=0).trace())), rel=1e-6)
-    assert got["perplexity"] == perplexity(code_counts(codes, 7)) and got["usage"] == 1 and meter.counts.shape == (1, 7)
+    assert got["relative_error"] == pytest.approx(
+        float(
+            (z - q).double().pow(2).sum() / (1000 * torch.cov(z.double().T, correction=0).trace())
+        ),
+        rel=1e-6,
+    )
+    assert (
+        got["perplexity"] == perplexity(code_counts(codes, 7))
+        and got["usage"] == 1
+        and meter.counts.shape == (1, 7)
+    )
 
 
 def by_position(codes, k):
@@ -59,47 +72,99 @@ def test_each_position_is_counted_by_itself(code_shape):
     limits = torch.arange(2, 2 + positions)  # position i uses 2 + i of the 9 codes
     codes = (torch.rand(500, 4, positions) * limits).long()
     meter = Meter(9, code_shape)
-    for part in codes.split(70): meter.update(torch.randn(len(part), 6), torch.randn(len(part), 6), part.view(-1, 4, *code_shape))
+    for part in codes.split(70):
+        meter.update(
+            torch.randn(len(part), 6), torch.randn(len(part), 6), part.view(-1, 4, *code_shape)
+        )
     got, (used, perplexed) = meter.compute(), means(codes, 9)
-    assert meter.counts.shape == (positions, 9) and torch.equal(meter.counts.sum(1), torch.full((positions,), 2000))
-    assert got["usage"] == pytest.approx(used) and used == pytest.approx(float(limits.double().mean() / 9)) and got["perplexity"] == pytest.approx(perplexed)
+    assert meter.counts.shape == (positions, 9) and torch.equal(
+        meter.counts.sum(1), torch.full((positions,), 2000)
+    )
+    assert (
+        got["usage"] == pytest.approx(used)
+        and used == pytest.approx(float(limits.double().mean() / 9))
+        and got["perplexity"] == pytest.approx(perplexed)
+    )
     pooled = Meter(9)
     pooled.update(torch.randn(500, 6), torch.randn(500, 6), codes)
-    if positions > 1: assert pooled.compute()["usage"] > got["usage"] and pooled.compute()["perplexity"] > got["perplexity"]
+    if positions > 1:
+        assert (
+            pooled.compute()["usage"] > got["usage"]
+            and pooled.compute()["perplexity"] > got["perplexity"]
+        )
 
 
-START = partial(VectorQuantizer, init="sample")  # codes where the data are, or an untrained encoder uses one of them
+START = partial(
+    VectorQuantizer, init="sample"
+)  # codes where the data are, or an untrained encoder uses one of them
 
 
-@pytest.mark.parametrize("make,positions", [(partial(GroupQuantizer, make=START), 2), (partial(GroupQuantizer, make=START, shared=True), 2),
-                                            (partial(ResidualQuantizer, make=START, levels=3), 3), (partial(ResidualQuantizer, make=START, levels=3, shared=True), 3),
-                                            (partial(MultiScaleQuantizer, make=START), 5), (partial(GroupQuantizer, make=partial(ResidualQuantizer, make=START, levels=2)), 4)])
+@pytest.mark.parametrize(
+    "make,positions",
+    [
+        (partial(GroupQuantizer, make=START), 2),
+        (partial(GroupQuantizer, make=START, shared=True), 2),
+        (partial(ResidualQuantizer, make=START, levels=3), 3),
+        (partial(ResidualQuantizer, make=START, levels=3, shared=True), 3),
+        (partial(MultiScaleQuantizer, make=START), 5),
+        (partial(GroupQuantizer, make=partial(ResidualQuantizer, make=START, levels=2)), 4),
+    ],
+)
 def test_scores_of_composed_quantizers_are_means_over_positions(make, positions):
     torch.manual_seed(0)
-    model, x = Autoencoder(make(8, 16, channel_dim=1), channels=8), torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    model, x = (
+        Autoencoder(make(8, 16, channel_dim=1), channels=8),
+        torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8),
+    )
     model.eval().quantizer.train()
     model(x.float() / 255)
-    with torch.no_grad(): codes = model.eval()(x.float() / 255).quantized.codes
+    with torch.no_grad():
+        codes = model.eval()(x.float() / 255).quantized.codes
     codes = codes.reshape(-1, positions)
     got, (used, perplexed) = reconstruction_scores(model, x, batch_size=4), means(codes, 16)
     assert got["usage"] == pytest.approx(used) and got["perplexity"] == pytest.approx(perplexed)
-    assert max(by_position(codes, 16)[1]) > min(by_position(codes, 16)[1])  # or a mean would be no better than any position
+    assert max(by_position(codes, 16)[1]) > min(
+        by_position(codes, 16)[1]
+    )  # or a mean would be no better than any position
 
 
-@pytest.mark.parametrize("counts,error,words", [
-    (torch.zeros(3), ValueError, "not all zero"), (torch.tensor([1, -1]), ValueError, "not negative"), (torch.ones(2, 2), ValueError, r"\(2, 2\)"),
-    (torch.tensor([1.0, math.nan]), ValueError, "finite"), ([1, 2], TypeError, "list"), (torch.zeros(0), ValueError, r"\(0,\)")])
+@pytest.mark.parametrize(
+    "counts,error,words",
+    [
+        (torch.zeros(3), ValueError, "not all zero"),
+        (torch.tensor([1, -1]), ValueError, "not negative"),
+        (torch.ones(2, 2), ValueError, r"\(2, 2\)"),
+        (torch.tensor([1.0, math.nan]), ValueError, "finite"),
+        ([1, 2], TypeError, "list"),
+        (torch.zeros(0), ValueError, r"\(0,\)"),
+    ],
+)
 def test_bad_counts_are_named(counts, error, words):
     for measure in (usage, perplexity):
-        with pytest.raises(error, match=words): measure(counts)
-    with pytest.raises(ValueError, match="never called"): Meter(3).compute()
+        with pytest.raises(error, match=words):
+            measure(counts)
+    with pytest.raises(ValueError, match="never called"):
+        Meter(3).compute()
 
 
-@pytest.mark.parametrize("code_shape,codes,words", [
-    ((), torch.tensor([0, 3, 1]), r"codes must lie in 0\.\.2, got 0\.\.3"), ((), torch.tensor([0, -1, 1]), r"codes must lie in 0\.\.2, got -1\.\.1"),
-    ((2,), torch.zeros(3, 2, dtype=torch.int64) + 3, r"codes must lie in 0\.\.2"), ((2,), torch.zeros(4, 3, dtype=torch.int64), r"codes must end in \(2,\), got shape \(4, 3\)"),
-    ((2, 2), torch.zeros(4, 2, dtype=torch.int64), r"codes must end in \(2, 2\)"), ((2, 2), torch.zeros(4, dtype=torch.int64), r"codes must end in \(2, 2\)")])
+@pytest.mark.parametrize(
+    "code_shape,codes,words",
+    [
+        ((), torch.tensor([0, 3, 1]), r"codes must lie in 0\.\.2, got 0\.\.3"),
+        ((), torch.tensor([0, -1, 1]), r"codes must lie in 0\.\.2, got -1\.\.1"),
+        ((2,), torch.zeros(3, 2, dtype=torch.int64) + 3, r"codes must lie in 0\.\.2"),
+        (
+            (2,),
+            torch.zeros(4, 3, dtype=torch.int64),
+            r"codes must end in \(2,\), got shape \(4, 3\)",
+        ),
+        ((2, 2), torch.zeros(4, 2, dtype=torch.int64), r"codes must end in \(2, 2\)"),
+        ((2, 2), torch.zeros(4, dtype=torch.int64), r"codes must end in \(2, 2\)"),
+    ],
+)
 def test_bad_codes_are_named_and_not_counted(code_shape, codes, words):
     meter = Meter(3, code_shape)
-    with pytest.raises(ValueError, match=words): meter.update(torch.zeros(3, 4), torch.zeros(3, 4), codes)
-    with pytest.raises(ValueError, match="never called"): meter.compute()
+    with pytest.raises(ValueError, match=words):
+        meter.update(torch.zeros(3, 4), torch.zeros(3, 4), codes)
+    with pytest.raises(ValueError, match="never called"):
+        meter.compute()

@@ -1,9 +1,11 @@
 """Memory beyond what goes in: each piece in a process of its own, against ceilings far below the n x k matrix; and no step asks the device for a value."""
+
 import subprocess
 import sys
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from vqstudy.quantizers import recipe, recipes
 
@@ -45,7 +47,11 @@ CASES = {  # what is built, what is measured, MiB
 
 def growth(build: str, run: str, shape=(N, K, 64)) -> float:
     "MiB by which the peak of resident memory rises in `run`."
-    done = subprocess.run([sys.executable, "-c", FRAME.format(shape=shape, build=build, run=run)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRAME.format(shape=shape, build=build, run=run)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout)
 
@@ -58,14 +64,24 @@ def test_extra_memory(name):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_measure_sees_a_matrix_of_n_by_k(): assert growth("c = torch.randn(k, d)", "(z @ c.T).argmax(1)") > 500
+def test_the_measure_sees_a_matrix_of_n_by_k():
+    assert growth("c = torch.randn(k, d)", "(z @ c.T).argmax(1)") > 500
 
 
 # ---- a training step on a GPU waits for nothing ----
 
-ASKS = {"vq + refit": "k-means runs on the host", "vq + exact": "needs a decoder", "vq + hessian": "needs a decoder"}
+ASKS = {
+    "vq + refit": "k-means runs on the host",
+    "vq + exact": "needs a decoder",
+    "vq + hessian": "needs a decoder",
+}
 steps = pytest.mark.parametrize("spec", [spec for spec in recipes() if spec not in ASKS])
-QUESTIONS = [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: (x > 0).nonzero(), lambda x: x[x > 0]]
+QUESTIONS = [
+    lambda x: x.sum().item(),
+    lambda x: bool((x > 0).any()),
+    lambda x: (x > 0).nonzero(),
+    lambda x: x[x > 0],
+]
 
 
 @steps
@@ -73,14 +89,17 @@ def test_forward_and_upkeep_ask_for_no_value(spec):
     "On a device that is not there, with tensors that have no values, so that every question for one is an error."
     with FakeTensorMode(), torch.device("cuda"):
         quantizer, z = recipe(spec, 8, 64), torch.empty(2, 4, 4, 8, requires_grad=True)
-        for _ in range(2): out = quantizer(z)
+        for _ in range(2):
+            out = quantizer(z)
     assert out.z_q.shape == z.shape and out.z_q.device.type == out.loss.device.type == "cuda"
 
 
 class NoQuestions(TorchDispatchMode):
     "Raises where a value goes to the host, or a shape depends on one."
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags): raise AssertionError(f"{function} waits for the device")
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags):
+            raise AssertionError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 
 
@@ -88,11 +107,17 @@ class NoQuestions(TorchDispatchMode):
 def test_backward_asks_for_no_value(spec):
     quantizer, z = recipe(spec, 8, 64), torch.randn(2, 4, 4, 8, requires_grad=True)
     out = quantizer(z)
-    with NoQuestions(): (out.z_q.sum() + out.loss).backward()
+    with NoQuestions():
+        (out.z_q.sum() + out.loss).backward()
     assert z.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("ask", QUESTIONS)
 def test_such_questions_are_seen(ask):
-    with FakeTensorMode(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)): ask(torch.empty(4, device="cuda"))
-    with NoQuestions(), pytest.raises(AssertionError, match="waits for the device"): ask(torch.ones(4))
+    with (
+        FakeTensorMode(),
+        pytest.raises((DataDependentOutputException, DynamicOutputShapeException)),
+    ):
+        ask(torch.empty(4, device="cuda"))
+    with NoQuestions(), pytest.raises(AssertionError, match="waits for the device"):
+        ask(torch.ones(4))

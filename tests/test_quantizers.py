@@ -1,4 +1,5 @@
 """Every quantizer of the registry in oracles.py: gradients, values, state, reload, shapes, dtypes, graphs, bad input. A recipe without an oracle fails."""
+
 import copy
 import pickle
 import pytest
@@ -11,16 +12,35 @@ from vqstudy.quantizers import NoQuantizer, VectorQuantizer, keywords, recipe, r
 
 names = pytest.mark.parametrize("name", ORACLES)
 low = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-NOT_A_GRAPH = {"refit": "refit", "exact": '"exact"', "hessian": '"hessian"'}  # option: how VectorQuantizer's docstring says so
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
+NOT_A_GRAPH = {
+    "refit": "refit",
+    "exact": '"exact"',
+    "hessian": '"hessian"',
+}  # option: how VectorQuantizer's docstring says so
 DIM, CODES = 8, 16
 
 
-def state(module): return {k: v.clone() for k, v in module.state_dict().items()}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-def build(name): return attached(ORACLES[name].build(DIM, CODES))
-def sample(name, dtype=torch.float32): return torch.randn((2, 4, 6, DIM) if ORACLES[name].shapes is MAPS else (40, DIM)).to(dtype)
-def codeless(name): return name == "none"
+def state(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def build(name):
+    return attached(ORACLES[name].build(DIM, CODES))
+
+
+def sample(name, dtype=torch.float32):
+    return torch.randn((2, 4, 6, DIM) if ORACLES[name].shapes is MAPS else (40, DIM)).to(dtype)
+
+
+def codeless(name):
+    return name == "none"
 
 
 def step(quantizer, z, seed=7):
@@ -33,10 +53,12 @@ def step(quantizer, z, seed=7):
     return out, leaf.grad, [p.grad for p in quantizer.parameters()]
 
 
-def alike(a, b, **tolerance): return (a is None) == (b is None) and (a is None or torch.allclose(a, b, **tolerance))
+def alike(a, b, **tolerance):
+    return (a is None) == (b is None) and (a is None or torch.allclose(a, b, **tolerance))
 
 
-def test_every_recipe_has_an_oracle(): assert set(recipes()) <= set(ORACLES)
+def test_every_recipe_has_an_oracle():
+    assert set(recipes()) <= set(ORACLES)
 
 
 @pytest.mark.parametrize("name,shape,k,warm", checks())
@@ -52,29 +74,38 @@ def test_decode_of_encode_is_the_forward_value(name, dtype):
     quantizer, z = build(name).to(dtype), sample(name, dtype)
     quantizer.train()(z)
     out = quantizer.eval()(z)
-    assert out.z_q.dtype == dtype and out.codes.dtype == torch.int64 and torch.equal(quantizer.encode(z), out.codes)
+    assert (
+        out.z_q.dtype == dtype
+        and out.codes.dtype == torch.int64
+        and torch.equal(quantizer.encode(z), out.codes)
+    )
     assert torch.equal(z if codeless(name) else quantizer.decode(out.codes), out.z_q)
 
 
 @names
 @every_dtype
 def test_training_decodes_the_codes_as_they_were_chosen(name, dtype):
-    if ORACLES[name].soft or codeless(name): pytest.skip("in training the decoder gets something else by design")
+    if ORACLES[name].soft or codeless(name):
+        pytest.skip("in training the decoder gets something else by design")
     torch.manual_seed(0)
     quantizer, z = build(name).to(dtype).train(), sample(name, dtype)
     before = copy.deepcopy(quantizer)
     out = quantizer(z)
     # moving averages write after the choice, moving statistics before it
-    assert torch.equal(out.z_q, before.decode(out.codes)) or torch.equal(out.z_q, quantizer.decode(out.codes))
+    assert torch.equal(out.z_q, before.decode(out.codes)) or torch.equal(
+        out.z_q, quantizer.decode(out.codes)
+    )
 
 
 @names
 def test_evaluation_changes_nothing(name):
     torch.manual_seed(0)
     quantizer, z = build(name).train(), sample(name)
-    for _ in range(3): quantizer(z)
+    for _ in range(3):
+        quantizer(z)
     before, random = state(quantizer.eval()), torch.get_rng_state()
-    for _ in range(25): quantizer(z + 3)
+    for _ in range(25):
+        quantizer(z + 3)
     quantizer.train().encode(z)
     assert same(state(quantizer), before) and torch.equal(torch.get_rng_state(), random)
 
@@ -83,11 +114,15 @@ def test_evaluation_changes_nothing(name):
 def test_copies_and_reloads_take_the_same_next_step(name):
     torch.manual_seed(0)
     first = build(name).train()
-    for _ in range(6): first(sample(name))
+    for _ in range(6):
+        first(sample(name))
     first.anneal(0.4)
     loaded, z = build(name).train(), sample(name)
     loaded.load_state_dict(first.state_dict(), strict=True)
-    copies = [attached(q) for q in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), loaded, first)]
+    copies = [
+        attached(q)
+        for q in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), loaded, first)
+    ]
     (out, grad, grads), *others = [step(q, z) for q in copies]
     for theirs, their_grad, their_grads in others:
         assert all(torch.equal(a, b) for a, b in zip(out, theirs)) and torch.equal(grad, their_grad)
@@ -100,7 +135,9 @@ def test_nothing_stays_behind_when_the_module_moves(name):
     quantizer = build(name)
     quantizer.train()(sample(name))
     for module in quantizer.modules():
-        assert not [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)], "a tensor that .to() does not see"
+        assert not [
+            key for key, value in vars(module).items() if isinstance(value, torch.Tensor)
+        ], "a tensor that .to() does not see"
     assert all(t.device.type == "meta" for t in quantizer.to("meta").state_dict().values())
 
 
@@ -124,11 +161,20 @@ def test_any_leading_shape_channel_dim_and_strides(name):
     maps.channel_dim = 1
     z = torch.randn(2, DIM, 4, 6)
     out, rows = maps(z), flat(z.movedim(1, -1))
-    assert torch.equal(out.codes, rows.codes) and torch.equal(out.z_q, rows.z_q.movedim(-1, 1)) and torch.equal(out.loss, rows.loss)
+    assert (
+        torch.equal(out.codes, rows.codes)
+        and torch.equal(out.z_q, rows.z_q.movedim(-1, 1))
+        and torch.equal(out.loss, rows.loss)
+    )
     assert codeless(name) or torch.equal(maps.decode(out.codes), out.z_q)
     assert torch.equal(maps(z.contiguous(memory_format=torch.channels_last)).z_q, out.z_q)
-    if ORACLES[name].shapes is MAPS: return
-    assert out.codes.shape == (2, 4, 6, *flat.code_shape) and flat(z[0, :, 0, 0]).codes.shape == flat.code_shape and flat(z[0, :, 0, 0]).z_q.ndim == 1
+    if ORACLES[name].shapes is MAPS:
+        return
+    assert (
+        out.codes.shape == (2, 4, 6, *flat.code_shape)
+        and flat(z[0, :, 0, 0]).codes.shape == flat.code_shape
+        and flat(z[0, :, 0, 0]).z_q.ndim == 1
+    )
 
 
 @names
@@ -137,14 +183,23 @@ def test_strides_of_z_and_of_the_gradient_do_not_matter(name):
     first = build(name).train()
     second, z = attached(copy.deepcopy(first)), sample(name)
     g, grads = torch.randn(z.shape[-1:] + z.shape[:-1]).movedim(0, -1), []
-    for quantizer, x, wanted in ((first, z, g), (second, z.movedim(-1, 0).contiguous().movedim(0, -1), g.contiguous())):
+    for quantizer, x, wanted in (
+        (first, z, g),
+        (second, z.movedim(-1, 0).contiguous().movedim(0, -1), g.contiguous()),
+    ):
         leaf = x.detach().requires_grad_()
         torch.manual_seed(1)
         out = quantizer(leaf)
-        if out.z_q.shape != g.shape: pytest.skip("the router's codes are wider or narrower than z")
-        torch.autograd.backward([out.z_q, out.loss] if out.loss.requires_grad else [out.z_q], [wanted, torch.ones(())] if out.loss.requires_grad else [wanted])
+        if out.z_q.shape != g.shape:
+            pytest.skip("the router's codes are wider or narrower than z")
+        torch.autograd.backward(
+            [out.z_q, out.loss] if out.loss.requires_grad else [out.z_q],
+            [wanted, torch.ones(())] if out.loss.requires_grad else [wanted],
+        )
         grads.append([leaf.grad, *(p.grad for p in quantizer.parameters())])
-    assert all(alike(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads)) and (grads[0][0] is not None)
+    assert all(alike(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads)) and (
+        grads[0][0] is not None
+    )
 
 
 @names
@@ -154,40 +209,69 @@ def test_autocast_decides_in_float32(name, dtype):
     quantizer = build(name).train()
     other, z = attached(copy.deepcopy(quantizer)), sample(name, dtype)
     plain, _, _ = step(other, z.float())
-    with torch.autocast("cpu", dtype): out, grad, grads = step(quantizer, z)
-    assert (out.codes == plain.codes).double().mean() >= 0.999 and torch.equal(out.z_q, plain.z_q.to(dtype)) and out.loss.dtype == torch.float32
-    assert grad.isfinite().all() and out.loss.isfinite() and all(g is None or g.isfinite().all() for g in grads) and same(state(quantizer), state(other))
-    if codeless(name): return
-    with torch.autocast("cpu", dtype): decoded = quantizer.eval().decode(out.codes)
+    with torch.autocast("cpu", dtype):
+        out, grad, grads = step(quantizer, z)
+    assert (
+        (out.codes == plain.codes).double().mean() >= 0.999
+        and torch.equal(out.z_q, plain.z_q.to(dtype))
+        and out.loss.dtype == torch.float32
+    )
+    assert (
+        grad.isfinite().all()
+        and out.loss.isfinite()
+        and all(g is None or g.isfinite().all() for g in grads)
+        and same(state(quantizer), state(other))
+    )
+    if codeless(name):
+        return
+    with torch.autocast("cpu", dtype):
+        decoded = quantizer.eval().decode(out.codes)
     assert torch.equal(decoded, quantizer.decode(out.codes))
 
 
 @names
 def test_compiles_without_a_break(name):
     if out_of_graph := [option for option in NOT_A_GRAPH if option in name]:
-        assert NOT_A_GRAPH[out_of_graph[0]] in VectorQuantizer.__doc__.split("Compiles with fullgraph=True")[1]
+        assert (
+            NOT_A_GRAPH[out_of_graph[0]]
+            in VectorQuantizer.__doc__.split("Compiles with fullgraph=True")[1]
+        )
         pytest.skip("said in the docstring")
-    if "stochastic" in name and "replace" in name: pytest.skip("a graph draws vectors at each step, eager only where a code is dead: the later noise differs")
+    if "stochastic" in name and "replace" in name:
+        pytest.skip(
+            "a graph draws vectors at each step, eager only where a code is dead: the later noise differs"
+        )
     torch._dynamo.reset()  # each quantizer counts its own recompilations
     torch.manual_seed(0)
     eager, z = build(name).train(), sample(name)
     for m in eager.modules():
-        if isinstance(m, Replacement): m.life_span = 100  # a graph draws vectors at each step, eager only where a code is dead
+        if isinstance(m, Replacement):
+            m.life_span = 100  # a graph draws vectors at each step, eager only where a code is dead
     compiled = attached(copy.deepcopy(eager))
+
     def forward(quantizer, z):
         out = quantizer(z)
         return task(out.z_q) + out.loss, out.codes
+
     graphs = CompileCounterWithBackend("aot_eager")
     fast = torch.compile(forward, fullgraph=True, backend=graphs)
     for i in range(3):
         eager.anneal(i / 2), compiled.anneal(i / 2)
         a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-        torch.manual_seed(i); loss, codes = forward(eager, a)
-        torch.manual_seed(i); other, their = fast(compiled, b)
+        torch.manual_seed(i)
+        loss, codes = forward(eager, a)
+        torch.manual_seed(i)
+        other, their = fast(compiled, b)
         loss.backward(), other.backward()
-        assert torch.equal(codes, their) and torch.allclose(loss, other) and torch.allclose(a.grad, b.grad, atol=1e-5)
+        assert (
+            torch.equal(codes, their)
+            and torch.allclose(loss, other)
+            and torch.allclose(a.grad, b.grad, atol=1e-5)
+        )
     assert graphs.frame_count == 1  # annealing makes no new graph
-    assert all(alike(p.grad, q.grad, atol=1e-4) for p, q in zip(eager.parameters(), compiled.parameters()))
+    assert all(
+        alike(p.grad, q.grad, atol=1e-4) for p, q in zip(eager.parameters(), compiled.parameters())
+    )
     assert all(torch.allclose(v, state(compiled)[k], atol=1e-6) for k, v in state(eager).items())
 
 
@@ -199,56 +283,111 @@ def test_vectors_at_the_edges_have_finite_gradients(name):
     rows = z.view(-1, DIM)
     far = 30.0 if name.startswith("sq") else 1e4  # SQ-VAE takes exp of a linear function of z
     rows[0], rows[1], rows[2], rows[3] = 0, 1e-20, far, -far
-    if not codeless(name) and quantizer.codebook.shape[-1] == DIM: rows[4:6] = torch.stack([c := quantizer.codebook.detach().reshape(-1, DIM)[0], -c])
+    if not codeless(name) and quantizer.codebook.shape[-1] == DIM:
+        rows[4:6] = torch.stack([c := quantizer.codebook.detach().reshape(-1, DIM)[0], -c])
     out, grad, grads = step(quantizer, z)
-    assert out.loss.isfinite() and grad.isfinite().all() and all(g is None or g.isfinite().all() for g in grads)
+    assert (
+        out.loss.isfinite()
+        and grad.isfinite().all()
+        and all(g is None or g.isfinite().all() for g in grads)
+    )
 
 
 @names
-@pytest.mark.parametrize("bad,error,words", [
-    (torch.zeros(2, 4, 4, 7), ValueError, "z must have vectors of width 8, got shape"),
-    (torch.zeros(0, 4, 4, 8), ValueError, "at least one vector"),
-    (torch.full((2, 4, 4, 8), torch.nan), ValueError, "z must be finite"),
-    (torch.full((2, 4, 4, 8), torch.inf), ValueError, "z must be finite"),
-    (torch.zeros(2, 4, 4, 8, dtype=torch.int64), TypeError, "floating dtype, got torch.int64"),
-    ([[0.0] * 8], TypeError, "torch.Tensor, got list"),
-    (torch.tensor(1.0), ValueError, "must have a dimension -1"),
-])
+@pytest.mark.parametrize(
+    "bad,error,words",
+    [
+        (torch.zeros(2, 4, 4, 7), ValueError, "z must have vectors of width 8, got shape"),
+        (torch.zeros(0, 4, 4, 8), ValueError, "at least one vector"),
+        (torch.full((2, 4, 4, 8), torch.nan), ValueError, "z must be finite"),
+        (torch.full((2, 4, 4, 8), torch.inf), ValueError, "z must be finite"),
+        (torch.zeros(2, 4, 4, 8, dtype=torch.int64), TypeError, "floating dtype, got torch.int64"),
+        ([[0.0] * 8], TypeError, "torch.Tensor, got list"),
+        (torch.tensor(1.0), ValueError, "must have a dimension -1"),
+    ],
+)
 def test_bad_input_changes_nothing(name, bad, error, words):
     quantizer = build(name).train()
     before, random = state(quantizer), torch.get_rng_state()
     for call in (quantizer, quantizer.encode):
-        with pytest.raises(error, match=words): call(bad)
+        with pytest.raises(error, match=words):
+            call(bad)
     assert same(state(quantizer), before) and torch.equal(torch.get_rng_state(), random)
 
 
 @names
 def test_bad_codes(name):
-    if codeless(name): pytest.skip("its codes hold nothing")
+    if codeless(name):
+        pytest.skip("its codes hold nothing")
     quantizer = build(name)
     good = quantizer.encode(sample(name))
-    for bad, error, words in ((good + 16, ValueError, r"0\.\.15"), (good - 17, ValueError, r"0\.\.15"), (good.float(), TypeError, "float32"), ([1], TypeError, "list")):
-        with pytest.raises(error, match=words): quantizer.decode(bad)
-    if not quantizer.code_shape: return
+    for bad, error, words in (
+        (good + 16, ValueError, r"0\.\.15"),
+        (good - 17, ValueError, r"0\.\.15"),
+        (good.float(), TypeError, "float32"),
+        ([1], TypeError, "list"),
+    ):
+        with pytest.raises(error, match=words):
+            quantizer.decode(bad)
+    if not quantizer.code_shape:
+        return
     for bad in (torch.cat([good, good], -1), good[..., :0], torch.tensor(1)):
-        with pytest.raises(ValueError, match="codes must"): quantizer.decode(bad)
+        with pytest.raises(ValueError, match="codes must"):
+            quantizer.decode(bad)
 
 
 @names
 def test_arguments_of_every_class_are_checked(name):
-    if name in ("fsq, two levels each", "fsq + rotation"): pytest.skip("it works out its levels before it is built")
-    for dim, k, error, words in ((0, 16, ValueError, "dim must be at least 1, got 0"), (8, 0, ValueError, "num_codes must be at least 1, got 0"), (8, 2.5, TypeError, "num_codes must be an int, got 2.5")):
-        with pytest.raises(error, match=words): ORACLES[name].build(dim, k)
+    if name in ("fsq, two levels each", "fsq + rotation"):
+        pytest.skip("it works out its levels before it is built")
+    for dim, k, error, words in (
+        (0, 16, ValueError, "dim must be at least 1, got 0"),
+        (8, 0, ValueError, "num_codes must be at least 1, got 0"),
+        (8, 2.5, TypeError, "num_codes must be an int, got 2.5"),
+    ):
+        with pytest.raises(error, match=words):
+            ORACLES[name].build(dim, k)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in ORACLES if set("+").isdisjoint(spec) and spec in recipes()] + ["vq + l2", "vq + ema", "vq + affine + replace", "vq + residual", "vq + group", "vq + multiscale"])
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in ORACLES if set("+").isdisjoint(spec) and spec in recipes()]
+    + [
+        "vq + l2",
+        "vq + ema",
+        "vq + affine + replace",
+        "vq + residual",
+        "vq + group",
+        "vq + multiscale",
+    ],
+)
 def test_keywords_of_a_recipe_reach_it(spec):
     assert {"channel_dim", "check_finite"} <= set(keywords(spec))
     quantizer = recipe(spec, DIM, CODES, channel_dim=1, check_finite=False)
-    assert quantizer.channel_dim == 1 and quantizer(torch.randn(2, DIM, 4, 4)).z_q.shape == (2, DIM, 4, 4)
+    assert quantizer.channel_dim == 1 and quantizer(torch.randn(2, DIM, 4, 4)).z_q.shape == (
+        2,
+        DIM,
+        4,
+        4,
+    )
 
 
-@pytest.mark.parametrize("spec", ["vq", "vq + l2", "vq + ema", "vq + replace", "vq + affine", "vq + moving-affine", "stochastic", "optvq", "vq + group", "vq + residual", "vq + multiscale"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "vq",
+        "vq + l2",
+        "vq + ema",
+        "vq + replace",
+        "vq + affine",
+        "vq + moving-affine",
+        "stochastic",
+        "optvq",
+        "vq + group",
+        "vq + residual",
+        "vq + multiscale",
+    ],
+)
 @pytest.mark.parametrize("init", ["kmeans", "sample"])
 def test_a_codebook_begins_with_the_first_training_batch(spec, init):
     torch.manual_seed(0)
@@ -257,10 +396,13 @@ def test_a_codebook_begins_with_the_first_training_batch(spec, init):
     waiting = state(quantizer.eval())
     quantizer(z), quantizer.encode(z)
     assert same(state(quantizer), waiting)
-    with pytest.raises(ValueError): quantizer.train()(z * torch.nan)
+    with pytest.raises(ValueError):
+        quantizer.train()(z * torch.nan)
     assert same(state(quantizer), waiting)
     out = quantizer(z)
-    assert (out.z_q - (F.normalize(z, dim=-1) if "l2" in spec else z)).abs().max() < 15  # the first output is of the new codebook
+    assert (
+        out.z_q - (F.normalize(z, dim=-1) if "l2" in spec else z)
+    ).abs().max() < 15  # the first output is of the new codebook
     fresh = recipe(spec, DIM, CODES, init=init)
     fresh.load_state_dict(quantizer.state_dict(), strict=True)
     assert torch.equal(fresh.eval()(z).codes, quantizer.eval()(z).codes)
@@ -270,26 +412,32 @@ def test_a_codebook_begins_with_the_first_training_batch(spec, init):
 def test_the_loss_is_the_same_without_gradients(name):
     torch.manual_seed(0)
     quantizer, z = build(name).eval(), sample(name)
-    with torch.no_grad(): quiet = quantizer(z)
+    with torch.no_grad():
+        quiet = quantizer(z)
     assert torch.equal(quiet.loss, quantizer(z).loss) and torch.equal(quiet.z_q, quantizer(z).z_q)
 
 
 @pytest.mark.parametrize("commit_encoder", [True, False])
 def test_the_inner_step_of_alternation_is_the_codebooks_half_of_the_loss(commit_encoder):
     torch.manual_seed(0)
-    quantizer = recipe("vq + alt + affine", 4, 9, alpha=5.0, beta=0.9, commit_encoder=commit_encoder).double()
+    quantizer = recipe(
+        "vq + alt + affine", 4, 9, alpha=5.0, beta=0.9, commit_encoder=commit_encoder
+    ).double()
     z, before = torch.randn(30, 4, dtype=torch.float64), state(quantizer)
     quantizer.inner_loss(z).backward()
     leaves = {name: v.detach().clone().requires_grad_() for name, v in quantizer.named_parameters()}
     c = (1 + leaves["book.map.scale"]) * leaves["book.weight"] + leaves["book.map.shift"]
     (4.5 * (c[(z[:, None] - c).pow(2).sum(-1).argmin(1)] - z).pow(2).mean()).backward()
-    assert all((p.grad - leaves[name].grad).abs().max() < 1e-12 for name, p in quantizer.named_parameters()) and same(state(quantizer), before)
+    assert all(
+        (p.grad - leaves[name].grad).abs().max() < 1e-12 for name, p in quantizer.named_parameters()
+    ) and same(state(quantizer), before)
 
 
 @pytest.mark.parametrize("spec", ["vq + exact", "vq + hessian", "vq + exact + residual"])
 def test_rules_that_need_the_decoder_say_so(spec):
     quantizer = recipe(spec, 4, 8).train()
-    with pytest.raises(RuntimeError, match="needs the decoder"): quantizer(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="needs the decoder"):
+        quantizer(torch.randn(3, 4))
     quantizer.eval()(torch.randn(3, 4))
 
 
@@ -301,12 +449,23 @@ def test_two_passes_before_one_backward():
     assert quantizer.book.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("spec", ["vq + replace", "vq + ema + replace", "vq + l2 + replace", "vq + affine + replace", "vq + moving-affine + replace", "vq + ema + replace + residual"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "vq + replace",
+        "vq + ema + replace",
+        "vq + l2 + replace",
+        "vq + affine + replace",
+        "vq + moving-affine + replace",
+        "vq + ema + replace + residual",
+    ],
+)
 def test_replacement_brings_every_code_to_the_data(spec):
     torch.manual_seed(0)
     quantizer = recipe(spec, 4, 32, life_span=3).train()
     z = 20 + torch.randn(256, 4)
-    for _ in range(8): quantizer(z[torch.randperm(256)])
+    for _ in range(8):
+        quantizer(z[torch.randperm(256)])
     codes = quantizer.eval().encode(z).reshape(256, -1)
     assert len(codes[:, 0].unique()) > 24
 
@@ -315,44 +474,66 @@ def test_refit_is_kmeans_anew():
     torch.manual_seed(0)
     quantizer = recipe("vq + refit", 4, 8, refit=3).train()
     z, tables = 50 + torch.randn(200, 4), []
-    for _ in range(5): quantizer(z); tables.append(quantizer.codebook.detach().clone())
-    assert torch.equal(tables[0], tables[2]) and (tables[3] - 50).abs().max() < 5 and torch.equal(tables[3], tables[4])
+    for _ in range(5):
+        quantizer(z)
+        tables.append(quantizer.codebook.detach().clone())
+    assert (
+        torch.equal(tables[0], tables[2])
+        and (tables[3] - 50).abs().max() < 5
+        and torch.equal(tables[3], tables[4])
+    )
     fresh = recipe("vq + refit", 4, 8, refit=3).train()
     fresh.load_state_dict(quantizer.state_dict(), strict=True)
-    torch.manual_seed(3); fresh(z), fresh(z)  # the sixth and the seventh step
-    torch.manual_seed(3); quantizer(z), quantizer(z)
+    torch.manual_seed(3)
+    fresh(z), fresh(z)  # the sixth and the seventh step
+    torch.manual_seed(3)
+    quantizer(z), quantizer(z)
     assert same(state(fresh), state(quantizer)) and not torch.equal(fresh.codebook, tables[4])
 
 
-@pytest.mark.parametrize("make,error,words", [
-    (lambda: VectorQuantizer(4, 4, beta=1.1), ValueError, "beta"),
-    (lambda: VectorQuantizer(4, 4, alpha=-1), ValueError, "alpha"),
-    (lambda: VectorQuantizer(4, 4, metric="dot"), ValueError, "'dot'"),
-    (lambda: VectorQuantizer(4, 4, rule="ste"), TypeError, "rule"),
-    (lambda: VectorQuantizer(4, 4, decay=2.0), ValueError, "decay"),
-    (lambda: VectorQuantizer(4, 4, life_span=0), ValueError, "life_span"),
-    (lambda: VectorQuantizer(4, 4, refit=0), ValueError, "refit"),
-    (lambda: NoQuantizer(4, 4).decode(torch.tensor([0])), ValueError, "does not quantize|do not quantize"),
-    (lambda: recipe("vqq", 4, 4), ValueError, "unknown quantizer 'vqq'.*known: none, vq, .*; options of vq: l2, ema, replace"),
-    (lambda: recipe("vq + l3", 4, 4), ValueError, "unknown option 'l3'.*known"),
-    (lambda: recipe("vq + l2 + l2", 4, 4), ValueError, "twice"),
-    (lambda: recipe("none + l2", 4, 4), ValueError, "it takes no options"),
-    (lambda: recipe("vq + ema + sync", 4, 4), ValueError, "contradict"),
-    (lambda: recipe("vq + group + residual", 4, 4), ValueError, "contradict"),
-    (lambda: recipe("vq + opt + residual", 4, 4), ValueError, "contradict"),
-    (lambda: recipe("vq + group", 5, 4), ValueError, "groups must divide dim=5, got 2"),
-    (lambda: recipe("vq", 4, 4, decay=0.9), ValueError, "decay belongs to option 'ema'"),
-    (lambda: recipe("vq", 4, 4, levels=3), ValueError, "levels belongs to option 'residual'"),
-    (lambda: recipe("vq", 4, 4, colour="red"), ValueError, "colour is no keyword.*alpha"),
-    (lambda: recipe(3, 4, 4), TypeError, "such as 'vq"),
-])
+@pytest.mark.parametrize(
+    "make,error,words",
+    [
+        (lambda: VectorQuantizer(4, 4, beta=1.1), ValueError, "beta"),
+        (lambda: VectorQuantizer(4, 4, alpha=-1), ValueError, "alpha"),
+        (lambda: VectorQuantizer(4, 4, metric="dot"), ValueError, "'dot'"),
+        (lambda: VectorQuantizer(4, 4, rule="ste"), TypeError, "rule"),
+        (lambda: VectorQuantizer(4, 4, decay=2.0), ValueError, "decay"),
+        (lambda: VectorQuantizer(4, 4, life_span=0), ValueError, "life_span"),
+        (lambda: VectorQuantizer(4, 4, refit=0), ValueError, "refit"),
+        (
+            lambda: NoQuantizer(4, 4).decode(torch.tensor([0])),
+            ValueError,
+            "does not quantize|do not quantize",
+        ),
+        (
+            lambda: recipe("vqq", 4, 4),
+            ValueError,
+            "unknown quantizer 'vqq'.*known: none, vq, .*; options of vq: l2, ema, replace",
+        ),
+        (lambda: recipe("vq + l3", 4, 4), ValueError, "unknown option 'l3'.*known"),
+        (lambda: recipe("vq + l2 + l2", 4, 4), ValueError, "twice"),
+        (lambda: recipe("none + l2", 4, 4), ValueError, "it takes no options"),
+        (lambda: recipe("vq + ema + sync", 4, 4), ValueError, "contradict"),
+        (lambda: recipe("vq + group + residual", 4, 4), ValueError, "contradict"),
+        (lambda: recipe("vq + opt + residual", 4, 4), ValueError, "contradict"),
+        (lambda: recipe("vq + group", 5, 4), ValueError, "groups must divide dim=5, got 2"),
+        (lambda: recipe("vq", 4, 4, decay=0.9), ValueError, "decay belongs to option 'ema'"),
+        (lambda: recipe("vq", 4, 4, levels=3), ValueError, "levels belongs to option 'residual'"),
+        (lambda: recipe("vq", 4, 4, colour="red"), ValueError, "colour is no keyword.*alpha"),
+        (lambda: recipe(3, 4, 4), TypeError, "such as 'vq"),
+    ],
+)
 def test_bad_arguments_are_named(make, error, words):
-    with pytest.raises(error, match=words): make()
+    with pytest.raises(error, match=words):
+        make()
 
 
 def test_options_in_any_order_and_spacing():
-    torch.manual_seed(0); a = recipe("vq + l2 + residual + replace", 4, 8)
-    torch.manual_seed(0); b = recipe(" vq+replace +l2+residual", 4, 8)
+    torch.manual_seed(0)
+    a = recipe("vq + l2 + residual + replace", 4, 8)
+    torch.manual_seed(0)
+    b = recipe(" vq+replace +l2+residual", 4, 8)
     z = torch.randn(9, 4)
     assert torch.equal(a(z).z_q, b(z).z_q) and repr(a) == repr(b)
 
@@ -362,4 +543,8 @@ def test_a_given_keyword_wins_over_what_an_option_sets():
 
 
 def test_recipes_say_what_they_are():
-    assert all(isinstance(line, str) and line for line in recipes().values()) and {"none", "vq", "vq + rotation"} <= set(recipes())
+    assert all(isinstance(line, str) and line for line in recipes().values()) and {
+        "none",
+        "vq",
+        "vq + rotation",
+    } <= set(recipes())

@@ -1,4 +1,5 @@
 """The shapes in the signatures, checked at run time by beartype in a process of their own."""
+
 import subprocess
 import sys
 

@@ -17,23 +17,40 @@ def _ints(**given: ArrayLike) -> tuple[NDArray, ...]:
     "The values as int64 arrays; raises TypeError for what is no whole number, ValueError below 0."
     arrays = [np.asarray(value) for value in given.values()]
     for name, array, value in zip(given, arrays, given.values()):
-        if array.dtype.kind not in "iu": raise TypeError(f"{name} must be whole numbers, got {value!r}")
-        if (array < 0).any(): raise ValueError(f"{name} must not be negative, got {value!r}")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be whole numbers, got {value!r}")
+        if (array < 0).any():
+            raise ValueError(f"{name} must not be negative, got {value!r}")
     return tuple(array.astype(np.int64) for array in arrays)
+
 
 def positions(batch: int, height: int, width: int, pools: int = 0) -> int:
     "Latent vectors, and so draws, of a batch of images after `pools` halvings of both sides (Huh et al. 2023, Eq. 29 corrected)."
     _ints(batch=batch, height=height, width=width, pools=pools)
-    if height % 2**pools or width % 2**pools: raise ValueError(f"height and width must be divisible by 2^pools = {2**pools}, got {height} x {width}")
+    if height % 2**pools or width % 2**pools:
+        raise ValueError(
+            f"height and width must be divisible by 2^pools = {2**pools}, got {height} x {width}"
+        )
     return batch * (height >> pools) * (width >> pools)
 
 # %% ../nbs/lib/05_activation.ipynb #d48d9238
 def _stirling(n: NDArray) -> NDArray:
     "log n! - log(sqrt(2 pi n) (n/e)^n), n >= 1."
-    small = np.array([0.0, *(math.lgamma(i + 1) - 0.5 * math.log(2 * math.pi * i) - i * math.log(i) + i for i in range(1, 16))])
+    small = np.array(
+        [
+            0.0,
+            *(
+                math.lgamma(i + 1) - 0.5 * math.log(2 * math.pi * i) - i * math.log(i) + i
+                for i in range(1, 16)
+            ),
+        ]
+    )
     m = np.maximum(n, 16.0)
-    series = (1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - 1 / 1188 / m**2) / m**2) / m**2) / m**2) / m
+    series = (
+        1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - 1 / 1188 / m**2) / m**2) / m**2) / m**2
+    ) / m
     return np.where(n < 16, small[np.minimum(n, 15).astype(int)], series)
+
 
 def _deviance(x: NDArray, gap: NDArray) -> NDArray:
     "D(x, m) = x log(x / m) + m - x with m = x - gap, gap known exactly; x >= 1."
@@ -41,8 +58,10 @@ def _deviance(x: NDArray, gap: NDArray) -> NDArray:
     v = gap / (x + m)
     near, v2 = np.abs(v) < 0.1, np.where(np.abs(v) < 0.1, v, 0.0) ** 2
     terms = sum(v2**i / (2 * i + 1) for i in range(1, 12))  # x log(x/m) = 2 x (v + v^3/3 + ...)
-    with np.errstate(divide="ignore", invalid="ignore"): far = x * np.log(x / m) - gap
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = x * np.log(x / m) - gap
     return np.where(near, gap * v + 2 * x * v * terms, far)
+
 
 def _log_pmf(x: NDArray, n: NDArray, num: NDArray, den: NDArray) -> NDArray:
     "log b(x; n, num/den) of float64 arrays that hold whole numbers, 0 <= x <= n, 0 < num < den."
@@ -50,8 +69,16 @@ def _log_pmf(x: NDArray, n: NDArray, num: NDArray, den: NDArray) -> NDArray:
     i, gap = np.where(inner, x, 1.0), np.where(inner, (x * den - n * num) / den, 0.0)  # x - np
     rest = np.where(inner, n - x, 1.0)
     delta = _stirling(np.where(inner, n, 2.0)) - _stirling(i) - _stirling(rest)
-    middle = delta - _deviance(i, gap) - _deviance(rest, -gap) + 0.5 * np.log(np.where(inner, n, 2.0) / (2 * math.pi * i * rest))
-    with np.errstate(divide="ignore"): return np.where(inner, middle, np.where(x == 0, n * np.log1p(-num / den), n * np.log(num / den)))
+    middle = (
+        delta
+        - _deviance(i, gap)
+        - _deviance(rest, -gap)
+        + 0.5 * np.log(np.where(inner, n, 2.0) / (2 * math.pi * i * rest))
+    )
+    with np.errstate(divide="ignore"):
+        return np.where(
+            inner, middle, np.where(x == 0, n * np.log1p(-num / den), n * np.log(num / den))
+        )
 
 # %% ../nbs/lib/05_activation.ipynb #fed3754c
 def binomial_pmf(x: ArrayLike, draws: ArrayLike, num: ArrayLike, den: ArrayLike) -> NDArray:
@@ -60,11 +87,18 @@ def binomial_pmf(x: ArrayLike, draws: ArrayLike, num: ArrayLike, den: ArrayLike)
     Raises ValueError for a probability outside 0..1 or negative numbers, TypeError for what is no whole number.
     """
     x, n, num, den = np.broadcast_arrays(*_ints(x=x, draws=draws, num=num, den=den))
-    if (den < 1).any() or (num > den).any(): raise ValueError(f"num / den must lie in 0..1, got {num} / {den}")
+    if (den < 1).any() or (num > den).any():
+        raise ValueError(f"num / den must lie in 0..1, got {num} / {den}")
     sure, never = num == den, num == 0
     inside = ~sure & ~never & (x <= n)
-    x_, n_, a, b = (np.where(inside, v, w).astype(float) for v, w in ((x, 0), (n, 1), (num, 1), (den, 2)))
-    return np.where(inside, np.exp(_log_pmf(x_, n_, a, b)), np.where(sure, x == n, np.where(never, x == 0, False)).astype(float))
+    x_, n_, a, b = (
+        np.where(inside, v, w).astype(float) for v, w in ((x, 0), (n, 1), (num, 1), (den, 2))
+    )
+    return np.where(
+        inside,
+        np.exp(_log_pmf(x_, n_, a, b)),
+        np.where(sure, x == n, np.where(never, x == 0, False)).astype(float),
+    )
 
 # %% ../nbs/lib/05_activation.ipynb #4ec7fee6
 def _tail(j: NDArray, n: NDArray, k: NDArray, up: bool) -> NDArray:
@@ -78,36 +112,53 @@ def _tail(j: NDArray, n: NDArray, k: NDArray, up: bool) -> NDArray:
         live &= term > 1e-18 * total
     return total
 
+
 def p_active(draws: ArrayLike, num_codes: ArrayLike, at_least: ArrayLike = 1) -> NDArray:
     """P(a code is chosen at least `at_least` times in `draws` draws), all num_codes codes alike (Huh et al. 2023, A.5).
 
     Arrays broadcast. Raises ValueError for num_codes < 1 or negative numbers, TypeError for what is no whole number.
     """
-    n, k, j = (np.array(a, float) for a in np.broadcast_arrays(*_ints(draws=draws, num_codes=num_codes, at_least=at_least)))
-    if (k < 1).any(): raise ValueError(f"num_codes must be at least 1, got {num_codes!r}")
+    n, k, j = (
+        np.array(a, float)
+        for a in np.broadcast_arrays(*_ints(draws=draws, num_codes=num_codes, at_least=at_least))
+    )
+    if (k < 1).any():
+        raise ValueError(f"num_codes must be at least 1, got {num_codes!r}")
     out = np.where(j == 0, 1.0, (n >= j).astype(float))  # right for k = 1
     once, more = (j == 1) & (k > 1), (j > 1) & (k > 1) & (j <= n)
     out[once] = -np.expm1(n[once] * np.log1p(-1 / k[once]))
     for up in (True, False):
         some = more & ((j * k > n) == up)
-        if some.any(): out[some] = _tail(j[some], n[some], k[some], True) if up else 1 - _tail(j[some] - 1, n[some], k[some], False)
+        if some.any():
+            out[some] = (
+                _tail(j[some], n[some], k[some], True)
+                if up
+                else 1 - _tail(j[some] - 1, n[some], k[some], False)
+            )
     return out[()]
 
 # %% ../nbs/lib/05_activation.ipynb #edf78bb8
 def _probabilities(given: ArrayLike) -> NDArray:
     p = np.asarray(given, float)
-    if p.ndim != 1 or not len(p): raise ValueError(f"probabilities must be of shape (k,), got {p.shape}")
-    if not np.isfinite(p).all() or (p < 0).any() or abs(p.sum() - 1) > 1e-6: raise ValueError(f"probabilities must not be negative and must add up to 1, got a sum of {p.sum():.6g}")
+    if p.ndim != 1 or not len(p):
+        raise ValueError(f"probabilities must be of shape (k,), got {p.shape}")
+    if not np.isfinite(p).all() or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"probabilities must not be negative and must add up to 1, got a sum of {p.sum():.6g}"
+        )
     return p / p.sum()
+
 
 def expected_active(draws: ArrayLike, codes: int | ArrayLike) -> NDArray:
     """Expected number of codes chosen at least once in `draws` draws, of `codes` codes alike or with these probabilities (k,).
 
     Raises ValueError or TypeError for bad numbers and probabilities that do not add up to 1.
     """
-    if np.ndim(codes) == 0: return p_active(draws, codes) * codes
+    if np.ndim(codes) == 0:
+        return p_active(draws, codes) * codes
     (n,), p = _ints(draws=draws), _probabilities(codes)
-    with np.errstate(divide="ignore", invalid="ignore"): missed = np.where(n[..., None] > 0, n[..., None] * np.log1p(-p), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        missed = np.where(n[..., None] > 0, n[..., None] * np.log1p(-p), 0.0)
     return -np.expm1(missed).sum(-1)
 
 # %% ../nbs/lib/05_activation.ipynb #2521bb0f
@@ -117,9 +168,13 @@ def rarefied_usage(counts: ArrayLike, draws: int) -> float:
     Raises ValueError for counts that are no counts, or draws outside 1..sum of counts.
     """
     (counts,), (n,) = _ints(counts=counts), _ints(draws=draws)
-    if counts.ndim != 1 or not counts.sum(): raise ValueError(f"counts must be of shape (k,) and not all zero, got shape {counts.shape} with sum {counts.sum()}")
+    if counts.ndim != 1 or not counts.sum():
+        raise ValueError(
+            f"counts must be of shape (k,) and not all zero, got shape {counts.shape} with sum {counts.sum()}"
+        )
     total = int(counts.sum())
-    if not 1 <= n <= total: raise ValueError(f"draws must lie in 1..{total}, the observed ones, got {draws}")
+    if not 1 <= n <= total:
+        raise ValueError(f"draws must lie in 1..{total}, the observed ones, got {draws}")
     kinds, many = np.unique(counts, return_counts=True)
     missed = np.zeros(len(kinds))
     can = kinds <= total - n  # a code seen more often cannot be missed
@@ -128,7 +183,9 @@ def rarefied_usage(counts: ArrayLike, draws: int) -> float:
         c, share = kinds[can].astype(float), np.full(can.sum(), float(total))
         full, p = np.full(len(c), wanted), (np.full(len(c), wanted), share)
         # C(N - c, n) / C(N, n) as a ratio of binomial terms with p = n / N
-        missed[can] = np.exp(c * np.log(rest / total) + _log_pmf(full, total - c, *p) - _log_pmf(full, share, *p))
+        missed[can] = np.exp(
+            c * np.log(rest / total) + _log_pmf(full, total - c, *p) - _log_pmf(full, share, *p)
+        )
     missed[kinds == 0] = 1.0
     return float(((1 - missed) * many).sum() / len(counts))
 
@@ -136,19 +193,27 @@ def rarefied_usage(counts: ArrayLike, draws: int) -> float:
 def draws_for(usage: float, num_codes: int) -> int:
     "The fewest draws for which the expected usage of num_codes equally likely codes is at least `usage`, 0..1 (1 not included, unless there is one code)."
     (k,) = _ints(num_codes=num_codes)
-    if k < 1: raise ValueError(f"num_codes must be at least 1, got {num_codes}")
-    if not 0 <= usage <= 1 or (usage == 1 and k > 1): raise ValueError(f"usage must lie in 0..1 and be below 1 (no number of draws is sure to reach all codes), got {usage}")
-    if usage == 0 or k == 1: return int(usage > 0)
+    if k < 1:
+        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+    if not 0 <= usage <= 1 or (usage == 1 and k > 1):
+        raise ValueError(
+            f"usage must lie in 0..1 and be below 1 (no number of draws is sure to reach all codes), got {usage}"
+        )
+    if usage == 0 or k == 1:
+        return int(usage > 0)
     n = max(0, math.floor(math.log1p(-usage) / math.log1p(-1 / k)) - 1)
-    while p_active(n, k) < usage: n += 1
+    while p_active(n, k) < usage:
+        n += 1
     return n
 
 # %% ../nbs/lib/05_activation.ipynb #aacccce2
 def collect_all(num_codes: int) -> float:
     "Expected number of draws until each of num_codes equally likely codes was chosen: k H_k."
     (k,) = _ints(num_codes=num_codes)
-    if k < 1: raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+    if k < 1:
+        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
     return float(k * (1 / np.arange(k, 0, -1.0)).sum())
+
 
 def _collected_by(q: float, k: int) -> int:
     "The fewest draws after which all k codes were chosen with probability q or more, by the distribution of the number of codes seen."
@@ -159,12 +224,17 @@ def _collected_by(q: float, k: int) -> int:
         n += 1
     return n
 
+
 def collect_all_quantile(q: float, num_codes: int, exact: bool | None = None) -> int:
     """The fewest draws after which all num_codes codes were chosen with probability q, 0 < q < 1.
 
     exact: the chain, O(k^2 log k), or the limit for large k; None: the chain up to 2,048 codes. Raises ValueError for bad values.
     """
     (k,) = _ints(num_codes=num_codes)
-    if k < 1 or not 0 < q < 1: raise ValueError(f"num_codes must be at least 1 and q lie between 0 and 1, got {num_codes} and {q}")
-    if exact or (exact is None and k <= 2048): return _collected_by(q, int(k))
+    if k < 1 or not 0 < q < 1:
+        raise ValueError(
+            f"num_codes must be at least 1 and q lie between 0 and 1, got {num_codes} and {q}"
+        )
+    if exact or (exact is None and k <= 2048):
+        return _collected_by(q, int(k))
     return math.ceil(k * (math.log(k) - math.log(-math.log(q))))

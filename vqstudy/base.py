@@ -17,9 +17,10 @@ from .search import check_vectors
 # %% ../nbs/lib/02a_base.ipynb #ca139e63
 class Quantized(NamedTuple):
     "What a quantizer returns."
-    z_q: Tensor    # (..., d) quantized vectors, of the shape and dtype of z
+
+    z_q: Tensor  # (..., d) quantized vectors, of the shape and dtype of z
     codes: Tensor  # (...) int64
-    loss: Tensor   # scalar, already weighted: add it to the task's loss
+    loss: Tensor  # scalar, already weighted: add it to the task's loss
 
 # %% ../nbs/lib/02a_base.ipynb #5c826d8d
 class Quantizer(nn.Module):
@@ -28,36 +29,56 @@ class Quantizer(nn.Module):
     Raises ValueError (TypeError for a wrong type) for dim or num_codes below 1, and for z of another width, empty, or non-finite
     (values are looked at on the CPU in eager mode, elsewhere with `check_finite=True`); nothing is changed before it raises.
     """
-    code_shape: tuple[int, ...] = ()  # of one vector's codes: () for one code, (levels,) for several
 
-    def __init__(self, dim: int, num_codes: int, channel_dim: int = -1, check_finite: bool | None = None):
+    code_shape: tuple[
+        int, ...
+    ] = ()  # of one vector's codes: () for one code, (levels,) for several
+
+    def __init__(
+        self, dim: int, num_codes: int, channel_dim: int = -1, check_finite: bool | None = None
+    ):
         super().__init__()
         self.dim, self.num_codes = whole("dim", dim), whole("num_codes", num_codes)
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int): raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
         self.channel_dim, self.check_finite = channel_dim, check_finite
 
     def forward(self, z: Float[Tensor, "..."]) -> Quantized:
         x, shape = self._flat(z)
         with torch.autocast(z.device.type, enabled=False):
             q, codes, loss = self.quantize(self.prepare(x), shape[0] if shape else 1)
-        return Quantized(self._unflat(q.to(z.dtype), shape), codes.view((*shape, *self.code_shape)), loss)
+        return Quantized(
+            self._unflat(q.to(z.dtype), shape), codes.view((*shape, *self.code_shape)), loss
+        )
 
     @torch.no_grad()
     def encode(self, z: Float[Tensor, "..."]) -> Int64[Tensor, "..."]:
         "The codes of z; changes nothing, in training mode too."
         x, shape = self._flat(z)
-        with torch.autocast(z.device.type, enabled=False): return self.assign(self.prepare(x)).view((*shape, *self.code_shape))
+        with torch.autocast(z.device.type, enabled=False):
+            return self.assign(self.prepare(x)).view((*shape, *self.code_shape))
 
     def decode(self, codes: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
         "The code vectors of codes between 0 and num_codes - 1."
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"codes must be a tensor of int64 or int32, got {getattr(codes, 'dtype', type(codes).__name__)}")
-        if codes.device.type == "cpu" and codes.numel() and not torch.compiler.is_compiling() and (codes.min() < 0 or codes.max() >= self.num_codes):
-            raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {codes.min()}..{codes.max()}")
+            raise TypeError(
+                f"codes must be a tensor of int64 or int32, got {getattr(codes, 'dtype', type(codes).__name__)}"
+            )
+        if (
+            codes.device.type == "cpu"
+            and codes.numel()
+            and not torch.compiler.is_compiling()
+            and (codes.min() < 0 or codes.max() >= self.num_codes)
+        ):
+            raise ValueError(
+                f"codes must lie in 0..{self.num_codes - 1}, got {codes.min()}..{codes.max()}"
+            )
         depth = len(self.code_shape)
-        if codes.shape[codes.ndim - depth:] != self.code_shape: raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
-        with torch.autocast(codes.device.type, enabled=False): q = self.lookup(codes.reshape((-1, *self.code_shape)))
-        return self._unflat(q, codes.shape[:codes.ndim - depth])
+        if codes.shape[codes.ndim - depth :] != self.code_shape:
+            raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
+        with torch.autocast(codes.device.type, enabled=False):
+            q = self.lookup(codes.reshape((-1, *self.code_shape)))
+        return self._unflat(q, codes.shape[: codes.ndim - depth])
 
     def prepare(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         "z as it is compared with the codebook."
@@ -72,28 +93,48 @@ class Quantizer(nn.Module):
 
     def _flat(self, z):
         if isinstance(z, Tensor) and not -z.ndim <= self.channel_dim < z.ndim:
-            raise ValueError(f"z must have a dimension {self.channel_dim} (channel_dim), got shape {tuple(z.shape)}")
+            raise ValueError(
+                f"z must have a dimension {self.channel_dim} (channel_dim), got shape {tuple(z.shape)}"
+            )
         last = z.movedim(self.channel_dim, -1) if isinstance(z, Tensor) else z
         check_vectors("z", last, self.dim, self.check_finite)
-        x = last.reshape(-1, self.dim).contiguous()  # or noise of x's strides would fall on other vectors under the same seed
+        x = last.reshape(
+            -1, self.dim
+        ).contiguous()  # or noise of x's strides would fall on other vectors under the same seed
         return x.to(torch.promote_types(z.dtype, torch.float32)), last.shape[:-1]
 
-    def _unflat(self, q, shape): return q.view((*shape, self.dim)).movedim(-1, self.channel_dim)
+    def _unflat(self, q, shape):
+        return q.view((*shape, self.dim)).movedim(-1, self.channel_dim)
 
-    def extra_repr(self) -> str: return f"dim={self.dim}, num_codes={self.num_codes}, channel_dim={self.channel_dim}"
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_codes={self.num_codes}, channel_dim={self.channel_dim}"
 
 # %% ../nbs/lib/02a_base.ipynb #1d625c8d
 class NoQuantizer(Quantizer):
     "Returns z and zero codes; its codes cannot be decoded."
-    def __init__(self, dim: int, num_codes: int = 1, channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self, dim: int, num_codes: int = 1, channel_dim: int = -1, check_finite: bool | None = None
+    ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
 
-    def quantize(self, x, batch): return x, self.assign(x), x.new_zeros(())
-    def assign(self, x): return torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    def lookup(self, codes): raise ValueError("codes of `none` hold nothing that could be decoded: it does not quantize")
+    def quantize(self, x, batch):
+        return x, self.assign(x), x.new_zeros(())
+
+    def assign(self, x):
+        return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+    def lookup(self, codes):
+        raise ValueError("codes of `none` hold nothing that could be decoded: it does not quantize")
 
 # %% ../nbs/lib/02a_base.ipynb #f88ad9a1
-def commitment(z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], alpha: float = 1.25, beta: float = 0.8, learns: bool = True) -> Float[Tensor, ""]:
+def commitment(
+    z: Float[Tensor, "n d"],
+    q: Float[Tensor, "n d"],
+    alpha: float = 1.25,
+    beta: float = 0.8,
+    learns: bool = True,
+) -> Float[Tensor, ""]:
     "alpha ((1 - beta) mse(z, sg q) + beta mse(sg z, q)) (Huh et al. 2023, Eq. 8-9); without its last term where q does not learn by it."
     loss = alpha * (1 - beta) * F.mse_loss(z, q.detach())
     return loss + alpha * beta * F.mse_loss(q, z.detach()) if learns else loss

@@ -26,9 +26,11 @@ from .records import results, results_folder
 # %% ../nbs/lib/13_bench.ipynb #405e899b
 class Rounds(NamedTuple):
     "What `alternate` measured: seconds of each call, one dict a round; what the first call of each returned; why a call is not there."
+
     times: list[dict[str, float]]
     results: dict[str, Any]
     skipped: dict[str, str]
+
 
 def _timed(call: Callable[[], Any], pause: float = 0.0) -> tuple[float, Any]:
     "Seconds that one call takes, a GPU's work included, and what it returns."
@@ -41,44 +43,67 @@ def _timed(call: Callable[[], Any], pause: float = 0.0) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 # %% ../nbs/lib/13_bench.ipynb #fc554514
-def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int = 9, seconds: float = float("inf"), slow: float = float("inf"), seed: int = 0, pause: float = 0.05,
-              keep: Iterable[str] = ("ours", "ours simvq")) -> Rounds:
+def alternate(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 9,
+    seconds: float = float("inf"),
+    slow: float = float("inf"),
+    seed: int = 0,
+    pause: float = 0.05,
+    keep: Iterable[str] = ("ours", "ours simvq"),
+) -> Rounds:
     """Time all calls in one process, in rounds of shuffled order, after one call of each to warm up.
 
     seconds: no new round begins after so many, but for the first three. slow: a call whose first took longer is left out, but for those to `keep`. A call that raises
     is left out too; the reason stands in `skipped`. pause: seconds of sleep before each call. Raises ValueError for rounds below 1.
     """
-    if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     results, skipped, times, order = {}, {}, [], random.Random(seed)
     for name, call in calls.items():
-        try: spent, results[name] = _timed(call)
-        except Exception as error: skipped[name] = f"failed: {type(error).__name__}: {error}"
+        try:
+            spent, results[name] = _timed(call)
+        except Exception as error:
+            skipped[name] = f"failed: {type(error).__name__}: {error}"
         else:
-            if spent > slow and name not in keep: skipped[name] = f"too slow: its first call took {spent:.0f} s"
+            if spent > slow and name not in keep:
+                skipped[name] = f"too slow: its first call took {spent:.0f} s"
     left, start = [name for name in calls if name not in skipped], time.perf_counter()
     while len(times) < rounds and (len(times) < 3 or time.perf_counter() - start < seconds):
-        times.append({name: _timed(calls[name], pause)[0] for name in order.sample(left, len(left))})
+        times.append(
+            {name: _timed(calls[name], pause)[0] for name in order.sample(left, len(left))}
+        )
     return Rounds(times, results, skipped)
 
 # %% ../nbs/lib/13_bench.ipynb #4ea3539f
 class Compared(NamedTuple):
     "Median seconds of a call; median, lower and upper quartile of its time over that of another in the same round."
+
     seconds: float
     ratio: float
     low: float
     high: float
 
-def compare(times: Iterable[Mapping[str, float]], to: Mapping[str, str] | str = "ours") -> dict[str, Compared]:
+
+def compare(
+    times: Iterable[Mapping[str, float]], to: Mapping[str, str] | str = "ours"
+) -> dict[str, Compared]:
     "Each call against the one that `to` names for it (one name: for all). Ratios are NaN where that one is missing."
     frame, found = pd.DataFrame(list(times)), {}
     for name in sorted(frame):
         other = to if isinstance(to, str) else to.get(name)
         ratio = frame[name] / frame[other] if other in frame else frame[name] * np.nan
-        found[name] = Compared(float(frame[name].median()), *map(float, ratio.quantile([0.5, 0.25, 0.75])))
+        found[name] = Compared(
+            float(frame[name].median()), *map(float, ratio.quantile([0.5, 0.25, 0.75]))
+        )
     return found
 
 # %% ../nbs/lib/13_bench.ipynb #caa70d30
-def _status(name: str) -> int: return 1024 * int(re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+def _status(name: str) -> int:
+    return 1024 * int(
+        re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]
+    )
+
 
 def peak(call: Callable[[], Any], device: str = "cpu") -> int:
     "Bytes that the process held during the call above those before it. On a CPU it needs Linux, elsewhere raises RuntimeError."
@@ -88,29 +113,57 @@ def peak(call: Callable[[], Any], device: str = "cpu") -> int:
         kept = call()
         return torch.cuda.max_memory_allocated() - before
     mark = Path("/proc/self/clear_refs")
-    if not mark.exists(): raise RuntimeError("peak memory on a CPU needs Linux's /proc/self/clear_refs")
+    if not mark.exists():
+        raise RuntimeError("peak memory on a CPU needs Linux's /proc/self/clear_refs")
     mark.write_text("5")
     before = _status("VmRSS")
     kept = call()
     return _status("VmHWM") - before
 
 # %% ../nbs/lib/13_bench.ipynb #08481baf
-REASONS = ("", "not installed", "too much memory", "too slow", "another device", "failed")  # why a peer has no number, as records keep it
+REASONS = (
+    "",
+    "not installed",
+    "too much memory",
+    "too slow",
+    "another device",
+    "failed",
+)  # why a peer has no number, as records keep it
 
-def ready(kind: str, given: tuple, pairs: int = 0, device: str = "cpu", only: Iterable[str] = (), room: float = 8e9) -> tuple[dict[str, Callable], dict[str, str]]:
+
+def ready(
+    kind: str,
+    given: tuple,
+    pairs: int = 0,
+    device: str = "cpu",
+    only: Iterable[str] = (),
+    room: float = 8e9,
+) -> tuple[dict[str, Callable], dict[str, str]]:
     "The calls of a kind on these inputs, and why others are not there; `only`: these names (none: all); room: bytes that a peer may hold for `pairs`. Raises ValueError."
     unknown = set(only) - KINDS[kind].keys()
-    if unknown: raise ValueError(f"peers of {kind} are {', '.join(KINDS[kind])}; got {', '.join(sorted(unknown))}")
+    if unknown:
+        raise ValueError(
+            f"peers of {kind} are {', '.join(KINDS[kind])}; got {', '.join(sorted(unknown))}"
+        )
     calls, skipped = {}, {}
     for name, peer in KINDS[kind].items():
-        if only and name not in only: continue
-        if device not in peer.where: skipped[name] = f"another device: it runs on {', '.join(peer.where)}"
-        elif peer.holds * pairs > room: skipped[name] = f"too much memory: it would hold about {peer.holds * pairs / 1e9:.0f} GB"
-        elif device == "cpu" and pairs > peer.most: skipped[name] = f"too slow: on a CPU it is tried for at most {peer.most:.0e} pairs"
+        if only and name not in only:
+            continue
+        if device not in peer.where:
+            skipped[name] = f"another device: it runs on {', '.join(peer.where)}"
+        elif peer.holds * pairs > room:
+            skipped[name] = (
+                f"too much memory: it would hold about {peer.holds * pairs / 1e9:.0f} GB"
+            )
+        elif device == "cpu" and pairs > peer.most:
+            skipped[name] = f"too slow: on a CPU it is tried for at most {peer.most:.0e} pairs"
         else:
-            try: calls[name] = peer.prepare(*given)
-            except ImportError as error: skipped[name] = f"not installed: {error}"
-            except Exception as error: skipped[name] = f"failed: {type(error).__name__}: {error}"
+            try:
+                calls[name] = peer.prepare(*given)
+            except ImportError as error:
+                skipped[name] = f"not installed: {error}"
+            except Exception as error:
+                skipped[name] = f"failed: {type(error).__name__}: {error}"
     return calls, skipped
 
 # %% ../nbs/lib/13_bench.ipynb #85406286
@@ -119,95 +172,197 @@ def _measure_peak(kind: str, name: str, shape: tuple[int, int, int], device: str
     for n in (min(64, shape[0]), shape[0]):
         given = inputs(kind, (n, *shape[1:]), device)
         calls, skipped = ready(kind, given, device=device, only=[name])
-        if skipped: raise RuntimeError(skipped[name])
+        if skipped:
+            raise RuntimeError(skipped[name])
         spent = peak(calls[name], device)
         del given, calls
     return spent
 
-def peak_memory(kind: str, name: str, shape: tuple[int, int, int], device: str = "cpu", seconds: float = 120.0) -> tuple[float, str]:
+
+def peak_memory(
+    kind: str, name: str, shape: tuple[int, int, int], device: str = "cpu", seconds: float = 120.0
+) -> tuple[float, str]:
     "Bytes that one call of a peer needs above what there was before, measured in a process of its own; or NaN, and the reason."
-    threads = {f"{library}_NUM_THREADS": str(torch.get_num_threads()) for library in ("OMP", "MKL", "OPENBLAS")}
+    threads = {
+        f"{library}_NUM_THREADS": str(torch.get_num_threads())
+        for library in ("OMP", "MKL", "OPENBLAS")
+    }
     words = [sys.executable, "-m", "vqstudy.bench", kind, name, *map(str, shape), device]
-    try: done = subprocess.run(words, env=os.environ | threads | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired: return float("nan"), f"too slow: no answer in {seconds:g} s"
-    if done.returncode: return float("nan"), f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    try:
+        done = subprocess.run(
+            words,
+            env=os.environ | threads | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return float("nan"), f"too slow: no answer in {seconds:g} s"
+    if done.returncode:
+        return float("nan"), f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     return float(json.loads(done.stdout.splitlines()[-1])), ""
 
-def peak_memories(kind: str, names: Iterable[str], shape: tuple[int, int, int], device: str = "cpu") -> dict[str, tuple[float, str]]:
+
+def peak_memories(
+    kind: str, names: Iterable[str], shape: tuple[int, int, int], device: str = "cpu"
+) -> dict[str, tuple[float, str]]:
     "`peak_memory` of several peers, two processes at a time: what they share, the cores, does not count."
-    with ThreadPoolExecutor(2) as pool: return dict(zip(names, pool.map(lambda name: peak_memory(kind, name, shape, device), names)))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(
+            zip(names, pool.map(lambda name: peak_memory(kind, name, shape, device), names))
+        )
 
 # %% ../nbs/lib/13_bench.ipynb #06bdca1a
 QUANTITIES = ("seconds", "ratio", "low", "high", "memory", "equal", "error", "skipped")
 COLUMNS = ("scale", "method", "shape", "amx", "peer", *QUANTITIES)
 
-def metrics(kind: str, run: Rounds, skipped: Mapping[str, str] = {}, memory: Mapping[str, float] = {}, equal: Mapping[str, float] = {}) -> dict[str, float]:
+
+def metrics(
+    kind: str,
+    run: Rounds,
+    skipped: Mapping[str, str] = {},
+    memory: Mapping[str, float] = {},
+    equal: Mapping[str, float] = {},
+) -> dict[str, float]:
     "`<quantity> <peer>`: seconds; ratio to what it is compared to, low and high; bytes; share of codes that are the exact ones; place of its reason in REASONS."
     compared = compare(run.times, {name: peer.to for name, peer in KINDS.get(kind, {}).items()})
-    found = {f"{quantity} {name}": value for name, row in compared.items() for quantity, value in row._asdict().items()}
-    found |= {f"memory {name}": value for name, value in memory.items()} | {f"equal {name}": value for name, value in equal.items()}
-    return found | {f"skipped {name}": REASONS.index(why.split(":")[0]) for name, why in {**skipped, **run.skipped}.items()}
+    found = {
+        f"{quantity} {name}": value
+        for name, row in compared.items()
+        for quantity, value in row._asdict().items()
+    }
+    found |= {f"memory {name}": value for name, value in memory.items()} | {
+        f"equal {name}": value for name, value in equal.items()
+    }
+    return found | {
+        f"skipped {name}": REASONS.index(why.split(":")[0])
+        for name, why in {**skipped, **run.skipped}.items()
+    }
+
 
 def agreement(run: Rounds, exact: Int64[Tensor, "n"]) -> dict[str, float]:
     "Share of the codes that each call returned which are the exact ones."
-    return {name: float((torch.as_tensor(codes).to(exact.device) == exact).double().mean()) for name, codes in run.results.items() if codes is not None and len(codes) == len(exact)}
+    return {
+        name: float((torch.as_tensor(codes).to(exact.device) == exact).double().mean())
+        for name, codes in run.results.items()
+        if codes is not None and len(codes) == len(exact)
+    }
 
 # %% ../nbs/lib/13_bench.ipynb #4cdbbd72
 def melt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     "One dict a peer, with the quantities of a row of results."
-    named = {column: column.split(" ", 1) for column in row if column.split(" ", 1)[0] in QUANTITIES and " " in column}
+    named = {
+        column: column.split(" ", 1)
+        for column in row
+        if column.split(" ", 1)[0] in QUANTITIES and " " in column
+    }
     peers = dict.fromkeys(name for _, name in named.values())
-    rows = [{"peer": peer} | {quantity: row[column] for column, (quantity, name) in named.items() if name == peer} for peer in peers]
+    rows = [
+        {"peer": peer}
+        | {quantity: row[column] for column, (quantity, name) in named.items() if name == peer}
+        for peer in peers
+    ]
     return [r for r in rows if any(pd.notna(value) for key, value in r.items() if key != "peer")]
+
 
 def measured(sweep: str, scale: str) -> pd.DataFrame:
     "One row a cell and peer of what a sweep has measured at a scale; empty where it has not."
-    try: table = results(sweep, scale)
-    except FileNotFoundError: return pd.DataFrame(columns=COLUMNS)
-    cells = {cell.id for cell in plan(sweep, scale)}  # the table also keeps rows of cells that the sweep no longer has
+    try:
+        table = results(sweep, scale)
+    except FileNotFoundError:
+        return pd.DataFrame(columns=COLUMNS)
+    cells = {
+        cell.id for cell in plan(sweep, scale)
+    }  # the table also keeps rows of cells that the sweep no longer has
     rows = [row for row in table.to_dict("records") if row["cell"] in cells]
-    named = [{"scale": scale, "method": row["method"], "shape": tuple(json.loads(row["shape"])), "amx": row["amx"] == 1} for row in rows]
-    return pd.DataFrame([head | peer for head, row in zip(named, rows) for peer in melt(row)]).reindex(columns=[*COLUMNS])
+    named = [
+        {
+            "scale": scale,
+            "method": row["method"],
+            "shape": tuple(json.loads(row["shape"])),
+            "amx": row["amx"] == 1,
+        }
+        for row in rows
+    ]
+    return pd.DataFrame(
+        [head | peer for head, row in zip(named, rows) for peer in melt(row)]
+    ).reindex(columns=[*COLUMNS])
 
 # %% ../nbs/lib/13_bench.ipynb #7107745f
 def cores() -> dict[str, int]:
     "The processor's cores, and whether it has AMX, which multiplies bfloat16 matrices."
     info = Path("/proc/cpuinfo")
-    return dict(cores=os.cpu_count() or 1, amx=int(info.is_file() and "amx_tile" in info.read_text()))
+    return dict(
+        cores=os.cpu_count() or 1, amx=int(info.is_file() and "amx_tile" in info.read_text())
+    )
+
 
 def machine(sweep: str, scale: str) -> str:
     "Where a sweep's numbers come from: processor or GPU, cores, threads, torch. Empty where there are none."
-    try: table = results(sweep, scale)
-    except FileNotFoundError: return ""
-    notes, said = json.loads((results_folder(scale) / f"{sweep}.json").read_text())["cells"].get(scale, {}), set()
+    try:
+        table = results(sweep, scale)
+    except FileNotFoundError:
+        return ""
+    notes, said = (
+        json.loads((results_folder(scale) / f"{sweep}.json").read_text())["cells"].get(scale, {}),
+        set(),
+    )
     for row in table.to_dict("records"):
         past = notes[row["cell"]]
-        said.add(f"{past['device']}, {row['cores']:.0f} cores ({'with' if row['amx'] else 'no'} AMX), {row['threads']} threads, torch {past['versions']['torch']}")
+        said.add(
+            f"{past['device']}, {row['cores']:.0f} cores ({'with' if row['amx'] else 'no'} AMX), {row['threads']} threads, torch {past['versions']['torch']}"
+        )
     return "; ".join(sorted(said))
 
 # %% ../nbs/lib/13_bench.ipynb #e056decf
-def draw_ratios(ax: Any, table: pd.DataFrame, names: Mapping[str, str], reference: str = "ours") -> None:
+def draw_ratios(
+    ax: Any, table: pd.DataFrame, names: Mapping[str, str], reference: str = "ours"
+) -> None:
     "Time of each peer over that of the reference, from rows of `measured`; `names`: peers in order, and what to call them."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     place = {name: -i for i, name in enumerate(name for name in names if name != reference)}
     for row in table[table.peer.isin(list(place))].to_dict("records"):
         y, limit = place[row["peer"]], row["peer"] in LIMITS
         if pd.notna(row["ratio"]):
             ax.plot([row["low"], row["high"]], [y, y], color="C1" if limit else "C0", lw=1.5)
             ax.plot(row["ratio"], y, "s" if limit else "o", color="C1" if limit else "C0", ms=4)
-        elif pd.notna(row["skipped"]): ax.text(0.02, y, REASONS[int(row["skipped"])], transform=ax.get_yaxis_transform(), va="center", color="grey", size="x-small")
+        elif pd.notna(row["skipped"]):
+            ax.text(
+                0.02,
+                y,
+                REASONS[int(row["skipped"])],
+                transform=ax.get_yaxis_transform(),
+                va="center",
+                color="grey",
+                size="x-small",
+            )
     ax.axvline(1, color="grey", lw=0.8)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set(yticks=list(place.values()), yticklabels=[names[name] for name in place], ylim=(min(place.values()) - 0.6, 0.6))
+    ax.set(
+        yticks=list(place.values()),
+        yticklabels=[names[name] for name in place],
+        ylim=(min(place.values()) - 0.6, 0.6),
+    )
 
 # %% ../nbs/lib/13_bench.ipynb #8b07b96e
-def import_times(module: str = "vqstudy.quantizers", after: str = "torch", repeats: int = 5) -> list[float]:
+def import_times(
+    module: str = "vqstudy.quantizers", after: str = "torch", repeats: int = 5
+) -> list[float]:
     "Seconds of `import module` after `import after`, each in a process of its own."
     code = f"import {after}, time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
-    return [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
+    return [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(repeats)
+    ]
+
 
 if __name__ == "__main__" and "__file__" in globals():
     print(_measure_peak(sys.argv[1], sys.argv[2], tuple(map(int, sys.argv[3:6])), sys.argv[6]))

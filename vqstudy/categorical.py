@@ -23,14 +23,20 @@ from .search import operator
 # %% ../nbs/lib/02c_categorical.ipynb #3b26e3f2
 def _number(name: str, value: Any, positive: bool = False) -> float:
     "The value as a finite float of at least 0, or above 0; raises TypeError or ValueError that name it."
-    if isinstance(value, bool) or not isinstance(value, (int, float)): raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
-        raise ValueError(f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
+        raise ValueError(
+            f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}"
+        )
     return float(value)
 
+
 def _one_of(name: str, value: Any, allowed: tuple) -> Any:
-    if type(value) not in {type(a) for a in allowed}: raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if type(value) not in {type(a) for a in allowed}:
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 # %% ../nbs/lib/02c_categorical.ipynb #286e38e9
@@ -42,47 +48,79 @@ def _tiles(x: Float[Tensor, "n d"], num_codes: int):
     for c in range(0, num_codes, codes):
         for r in range(0, len(x), rows):
             shape = min(rows, len(x) - r), min(codes, num_codes - c)
-            yield slice(r, r + rows), slice(c, c + codes), *(t[:shape[0] * shape[1]].view(shape) for t in free)
+            yield (
+                slice(r, r + rows),
+                slice(c, c + codes),
+                *(t[: shape[0] * shape[1]].view(shape) for t in free),
+            )
+
 
 def _logits(x, keys, bias, rows, cols, out):
-    if bias is None: return torch.mm(x[rows], keys[cols].T, out=out)
+    if bias is None:
+        return torch.mm(x[rows], keys[cols].T, out=out)
     return torch.addmm(bias[cols], x[rows], keys[cols].T, out=out)
 
 # %% ../nbs/lib/02c_categorical.ipynb #32ad986c
 def _largest(scores: Float[Tensor, "r k"], group: int = 32) -> Int64[Tensor, "r 1"]:
     "argmax over the codes, ties to the lowest."
-    if scores.shape[1] % group: return scores.argmax(1, keepdim=True)
+    if scores.shape[1] % group:
+        return scores.argmax(1, keepdim=True)
     groups = scores.unflatten(1, (-1, group))
     best = groups.amax(2).argmax(1, keepdim=True)
-    return best * group + groups.gather(1, best[:, :, None].expand(-1, 1, group))[:, 0].argmax(1, keepdim=True)
+    return best * group + groups.gather(1, best[:, :, None].expand(-1, 1, group))[:, 0].argmax(
+        1, keepdim=True
+    )
 
 # %% ../nbs/lib/02c_categorical.ipynb #e7158ad0
-def _like_scan(x, keys, bias, values, weigh): return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), 1), x.new_empty(len(x), 0 if values is None else values.shape[1])
+def _like_scan(x, keys, bias, values, weigh):
+    return (
+        x.new_empty(len(x), dtype=torch.int64),
+        x.new_empty(len(x), 1),
+        x.new_empty(len(x), 0 if values is None else values.shape[1]),
+    )
 
-@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor? values, bool weigh) -> (Tensor, Tensor, Tensor)", _like_scan)
+
+@operator(
+    "(Tensor x, Tensor keys, Tensor? bias, Tensor? values, bool weigh) -> (Tensor, Tensor, Tensor)",
+    _like_scan,
+)
 def _scan(x, keys, bias, values, weigh):
     "Codes (n,); with weigh log sum exp of the logits (n, 1); with values their softmax mixture (n, e)."
     best, lse = x.new_full((2, len(x), 1), -torch.inf)
-    codes, mixture = torch.zeros_like(best, dtype=torch.int64), x.new_zeros(len(x), 0 if values is None else values.shape[1])
+    codes, mixture = (
+        torch.zeros_like(best, dtype=torch.int64),
+        x.new_zeros(len(x), 0 if values is None else values.shape[1]),
+    )
     for rows, cols, logits, _ in _tiles(x, len(keys)):
         code = _largest(_logits(x, keys, bias, rows, cols, logits))
         top = logits.gather(1, code)
         codes[rows] = torch.where(top > best[rows], code + cols.start, codes[rows])
         best[rows] = torch.maximum(top, best[rows])
-        if not weigh: continue
-        own = top - torch.softmax(logits, 1, out=logits).gather(1, code).log()  # of this tile: its largest probability is exp(top - own)
+        if not weigh:
+            continue
+        own = (
+            top - torch.softmax(logits, 1, out=logits).gather(1, code).log()
+        )  # of this tile: its largest probability is exp(top - own)
         both = torch.logaddexp(lse[rows], own)
-        if values is not None: mixture[rows].mul_((lse[rows] - both).exp()).addmm_(logits.mul_((own - both).exp()), values[cols])
+        if values is not None:
+            mixture[rows].mul_((lse[rows] - both).exp()).addmm_(
+                logits.mul_((own - both).exp()), values[cols]
+            )
         lse[rows] = both
     return codes[:, 0], lse, mixture
 
+
 @torch.no_grad()
-def route(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None) -> Int64[Tensor, "n"]:
+def route(
+    x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None
+) -> Int64[Tensor, "n"]:
     "The code of the largest logit x keys^T + bias, ties to the lowest; two tiles of extra memory at any n and k (16 MiB in float32, on a GPU 128)."
     return _scan(x, keys, bias, None, False)[0]
 
 # %% ../nbs/lib/02c_categorical.ipynb #37ae9eab
-def sharp(mixture: Float[Tensor, "n d"], codes: Int64[Tensor, "n"], codebook: Float[Tensor, "k d"]) -> Float[Tensor, "n d"]:
+def sharp(
+    mixture: Float[Tensor, "n d"], codes: Int64[Tensor, "n"], codebook: Float[Tensor, "k d"]
+) -> Float[Tensor, "n d"]:
     "codebook[codes], bit for bit; the gradient g goes to the codebook's chosen rows and, whole, to `mixture` (which holds the codebook constant)."
     return estimate(mixture, F.embedding(codes, codebook), full)
 
@@ -92,29 +130,46 @@ def gumbel(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return logits - torch.empty_like(logits).exponential_().log()
 
 # %% ../nbs/lib/02c_categorical.ipynb #43125414
-def reinmax(logits: Float[Tensor, "n k"], codes: Int64[Tensor, "n"], temperature: Float[Tensor, ""] | float = 1.0) -> Float[Tensor, "n k"]:
+def reinmax(
+    logits: Float[Tensor, "n k"],
+    codes: Int64[Tensor, "n"],
+    temperature: Float[Tensor, ""] | float = 1.0,
+) -> Float[Tensor, "n k"]:
     "Weights 2 pi_1 - p/2 of drawn codes, of which only the gradient is meant: ReinMax's (Liu et al. 2023); temperature at least 1 is advised."
-    middle = (logits / temperature).softmax(1).scatter_add(1, codes[:, None], torch.ones_like(logits[:, :1])).detach() / 2
+    middle = (logits / temperature).softmax(1).scatter_add(
+        1, codes[:, None], torch.ones_like(logits[:, :1])
+    ).detach() / 2
     return 2 * (middle.log() + logits - logits.detach()).softmax(1) - logits.softmax(1) / 2
 
 # %% ../nbs/lib/02c_categorical.ipynb #7e5f068b
-COOL = math.exp(-1.56)  # what is left of the temperature at the end, for schedules that scale with the length of the training
+COOL = math.exp(
+    -1.56
+)  # what is left of the temperature at the end, for schedules that scale with the length of the training
+
 
 class Annealed(Quantizer):
     "Quantizer with a `temperature` that goes geometrically from `temperature` to `final_temperature` over the training, by `anneal`."
+
     def __init__(self, dim, num_codes, temperature, final_temperature, channel_dim, check_finite):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        self.limits = _number("temperature", temperature, positive=True), _number("final_temperature", final_temperature, positive=True)
+        self.limits = (
+            _number("temperature", temperature, positive=True),
+            _number("final_temperature", final_temperature, positive=True),
+        )
         self.register_buffer("temperature", torch.tensor(self.limits[0]))
         self.book = Codebook(dim, num_codes)
 
     @property
-    def codebook(self) -> Float[Tensor, "k d"]: return self.book()
-    def lookup(self, codes): return F.embedding(codes, self.codebook)
+    def codebook(self) -> Float[Tensor, "k d"]:
+        return self.book()
+
+    def lookup(self, codes):
+        return F.embedding(codes, self.codebook)
 
     def anneal(self, progress: float) -> None:
         "The temperature at that share of the training."
-        if not 0 <= progress <= 1: raise ValueError(f"progress must lie in 0..1, got {progress}")
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must lie in 0..1, got {progress}")
         first, last = self.limits
         self.temperature.fill_(first * (last / first) ** progress)
 
@@ -122,6 +177,7 @@ class Annealed(Quantizer):
 def _negentropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
     "sum_i p_i log p_i of each row."
     return (logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
 
 def _linear(x: Float[Tensor, "n d"], layer: nn.Linear) -> Float[Tensor, "n k"]:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -135,29 +191,56 @@ class GumbelQuantizer(Annealed):
     end of training, by default exp(-1.56) of it, for "reinmax" the same. `codebook` is (num_codes, dim). Holds a few n x k matrices, as each of its
     n k logits has noise of its own that the backward pass needs again. Raises ValueError or TypeError.
     """
-    def __init__(self, dim: int, num_codes: int, kl: float = 5e-3, hard: bool = True, estimator: str = "gumbel", temperature: float = 1.0,
-                 final_temperature: float | None = None, channel_dim: int = -1, check_finite: bool | None = None):
-        falls = _one_of("estimator", estimator, ("gumbel", "reinmax")) == "gumbel"
-        if final_temperature is None: final_temperature = _number("temperature", temperature, positive=True) * (COOL if falls else 1.0)
-        super().__init__(dim, num_codes, temperature, final_temperature, channel_dim, check_finite)
-        self.kl, self.hard, self.estimator = _number("kl", kl), _one_of("hard", hard, (True, False)), estimator
-        if estimator == "reinmax" and not hard: raise ValueError("hard must be True with estimator 'reinmax', whose sample is always a code, got False")
-        self.head = nn.Linear(dim, num_codes)
-        for parameter in self.head.parameters(): from_first(parameter.data)
 
-    def assign(self, x): return route(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        kl: float = 5e-3,
+        hard: bool = True,
+        estimator: str = "gumbel",
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
+        falls = _one_of("estimator", estimator, ("gumbel", "reinmax")) == "gumbel"
+        if final_temperature is None:
+            final_temperature = _number("temperature", temperature, positive=True) * (
+                COOL if falls else 1.0
+            )
+        super().__init__(dim, num_codes, temperature, final_temperature, channel_dim, check_finite)
+        self.kl, self.hard, self.estimator = (
+            _number("kl", kl),
+            _one_of("hard", hard, (True, False)),
+            estimator,
+        )
+        if estimator == "reinmax" and not hard:
+            raise ValueError(
+                "hard must be True with estimator 'reinmax', whose sample is always a code, got False"
+            )
+        self.head = nn.Linear(dim, num_codes)
+        for parameter in self.head.parameters():
+            from_first(parameter.data)
+
+    def assign(self, x):
+        return route(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))
 
     def quantize(self, x, batch):
         logits, codebook = _linear(x, self.head), self.codebook.to(x.dtype)
         noisy = gumbel(logits) if self.training else logits
         codes = noisy.argmax(1) if self.training else self.assign(x)
         loss = self.kl * (_negentropy(logits).mean() + math.log(self.num_codes))
-        if self.estimator == "reinmax": weights = reinmax(logits, codes, self.temperature)
-        else: weights = (noisy / self.temperature).softmax(1)
-        if self.training and not self.hard: return weights @ codebook, codes, loss
+        if self.estimator == "reinmax":
+            weights = reinmax(logits, codes, self.temperature)
+        else:
+            weights = (noisy / self.temperature).softmax(1)
+        if self.training and not self.hard:
+            return weights @ codebook, codes, loss
         return sharp(weights @ codebook.detach(), codes, codebook), codes, loss
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, kl={self.kl}, hard={self.hard}, estimator={self.estimator}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kl={self.kl}, hard={self.hard}, estimator={self.estimator}"
 
 # %% ../nbs/lib/02c_categorical.ipynb #8723621d
 def _square(x, variance, codebook):
@@ -173,61 +256,108 @@ class SQQuantizer(Annealed):
     of training. The first dimension of z counts pictures. `codebook` is (num_codes, dim). Holds a few n x k matrices (logits, noise, weights);
     `encode` does not. Raises ValueError or TypeError.
     """
-    def __init__(self, dim: int, num_codes: int, variant: int = 4, weight: float = 1.0, temperature: float = 1.0, final_temperature: float = COOL,
-                 channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        variant: int = 4,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        final_temperature: float = COOL,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         super().__init__(dim, num_codes, temperature, final_temperature, channel_dim, check_finite)
-        self.variant, self.weight = _one_of("variant", variant, (1, 2, 3, 4)), _number("weight", weight)
+        self.variant, self.weight = (
+            _one_of("variant", variant, (1, 2, 3, 4)),
+            _number("weight", weight),
+        )
         self.head = None if variant == 1 else nn.Linear(dim, dim if variant == 4 else 1)
         if self.head is not None:
-            for parameter in self.head.parameters(): nn.init.zeros_(parameter)
+            for parameter in self.head.parameters():
+                nn.init.zeros_(parameter)
         self.log_scale = nn.Parameter(torch.tensor(math.log(20)))
 
     def variance(self, x: Float[Tensor, "n d"], batch: int = 1) -> Float[Tensor, "n d"]:
         "Of each element of x, vectors of `batch` pictures of the same size."
         v = x.new_zeros(1, 1) if self.head is None else _linear(x, self.head)
-        if self.variant == 2: v = v.view(batch, -1).mean(1).repeat_interleave(len(x) // batch)[:, None]
+        if self.variant == 2:
+            v = v.view(batch, -1).mean(1).repeat_interleave(len(x) // batch)[:, None]
         return (v.exp() + self.log_scale.to(x.dtype).exp()).expand_as(x)
 
-    def assign(self, x): return route(*_square(x, self.variance(x), self.codebook.to(x.dtype)))  # one variance for all codes decides nothing, so one picture will do
+    def assign(self, x):
+        return route(
+            *_square(x, self.variance(x), self.codebook.to(x.dtype))
+        )  # one variance for all codes decides nothing, so one picture will do
 
-    def quantize(self, x, batch): return _soft_pass(self, x, batch)
+    def quantize(self, x, batch):
+        return _soft_pass(self, x, batch)
 
     def objective(self, mse: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
         "weight size/2 log(mse size): the decoder's variance at its best value (Takida et al. 2022)."
-        return self.weight * size / 2 * ((joint_mean(mse, 1) if self.training else mse) * size).log()
+        return (
+            self.weight * size / 2 * ((joint_mean(mse, 1) if self.training else mse) * size).log()
+        )
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, variant={self.variant}, weight={self.weight}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, variant={self.variant}, weight={self.weight}"
 
 # %% ../nbs/lib/02c_categorical.ipynb #eec57303
-def _soft_pass(self: SQQuantizer, x: Float[Tensor, "n d"], batch: int) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
+def _soft_pass(
+    self: SQQuantizer, x: Float[Tensor, "n d"], batch: int
+) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
     codebook, variance = self.codebook.to(x.dtype), self.variance(x, batch)
     logits = F.linear(*_square(x, variance, codebook))
     noisy = gumbel(logits) if self.training else logits
-    codes, weights = noisy.argmax(1) if self.training else self.assign(x), (noisy / self.temperature).softmax(1)
-    z_q = weights @ codebook if self.training else sharp(weights @ codebook.detach(), codes, codebook)
+    codes, weights = (
+        noisy.argmax(1) if self.training else self.assign(x),
+        (noisy / self.temperature).softmax(1),
+    )
+    z_q = (
+        weights @ codebook if self.training else sharp(weights @ codebook.detach(), codes, codebook)
+    )
     loss = _negentropy(logits).sum() + ((x - z_q).pow(2) / (2 * variance)).sum()
     return z_q, codes, self.weight / batch * loss
 
 # %% ../nbs/lib/02c_categorical.ipynb #cc7e6264
-def attend(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values: Float[Tensor, "k e"], bias: Float[Tensor, "k"] | None = None) -> Float[Tensor, "n e"]:
+def attend(
+    x: Float[Tensor, "n d"],
+    keys: Float[Tensor, "k d"],
+    values: Float[Tensor, "k e"],
+    bias: Float[Tensor, "k"] | None = None,
+) -> Float[Tensor, "n e"]:
     "softmax(x keys^T + bias) values, without holding the n x k matrix where torch has a fused kernel; differentiable once."
-    if bias is not None: x, keys = F.pad(x, (0, 1), value=1.0), torch.cat([keys, bias[:, None]], 1)
+    if bias is not None:
+        x, keys = F.pad(x, (0, 1), value=1.0), torch.cat([keys, bias[:, None]], 1)
     width = -(-max(x.shape[1], values.shape[1]) // 8) * 8
     padded = (F.pad(t, (0, width - t.shape[1]))[None, None] for t in (x, keys, values))
-    return F.scaled_dot_product_attention(*padded, scale=1.0)[0, 0, :, :values.shape[1]]
+    return F.scaled_dot_product_attention(*padded, scale=1.0)[0, 0, :, : values.shape[1]]
 
 # %% ../nbs/lib/02c_categorical.ipynb #30d397d5
-def _like_gradient(x, keys, bias, *_): return torch.empty_like(x), torch.empty_like(keys), x.new_empty(len(keys))
+def _like_gradient(x, keys, bias, *_):
+    return torch.empty_like(x), torch.empty_like(keys), x.new_empty(len(keys))
 
-@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse, Tensor s, Tensor? g, Tensor? values, Tensor? log_mean) -> (Tensor, Tensor, Tensor)", _like_gradient)
+
+@operator(
+    "(Tensor x, Tensor keys, Tensor? bias, Tensor lse, Tensor s, Tensor? g, Tensor? values, Tensor? log_mean) -> (Tensor, Tensor, Tensor)",
+    _like_gradient,
+)
 def _router_gradient(x, keys, bias, lse, s, g, values, log_mean):
     "dL/dx, dL/dkeys, dL/dbias of dL/dlogits = p (v - s): v = g values^T, or log_mean - log p, or 0."
-    dx, dkeys, dbias = torch.zeros_like(x), x.new_zeros(x.shape[1], len(keys)), x.new_zeros(len(keys))
+    dx, dkeys, dbias = (
+        torch.zeros_like(x),
+        x.new_zeros(x.shape[1], len(keys)),
+        x.new_zeros(len(keys)),
+    )
     for rows, cols, p, v in _tiles(x, len(keys)):
         log_p = _logits(x, keys, bias, rows, cols, p).sub_(lse[rows])
-        if g is not None: torch.mm(g[rows], values[cols].T, out=v)
-        elif log_mean is not None: torch.sub(log_mean[cols], log_p, out=v)
-        else: v.zero_()
+        if g is not None:
+            torch.mm(g[rows], values[cols].T, out=v)
+        elif log_mean is not None:
+            torch.sub(log_mean[cols], log_p, out=v)
+        else:
+            v.zero_()
         slope = v.sub_(s[rows]).mul_(log_p.exp_())
         dx[rows].addmm_(slope, keys[cols])
         dkeys[:, cols].addmm_(x[rows].T, slope)  # transposed: a quicker product
@@ -253,24 +383,41 @@ class _Routed(torch.autograd.Function):
         x, keys, bias, codebook, codes, lse, mixture = ctx.saved_tensors
         g = g.contiguous()
         to_codebook = torch.zeros_like(codebook).index_add_(0, codes, g)
-        if ctx.gate == "dense": dx, dkeys, dbias = _router_gradient(x, keys, bias, lse, (g * mixture).sum(1, keepdim=True), g, codebook, None)
+        if ctx.gate == "dense":
+            dx, dkeys, dbias = _router_gradient(
+                x, keys, bias, lse, (g * mixture).sum(1, keepdim=True), g, codebook, None
+            )
         else:
             pull = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
             dx, dkeys, dbias = _router_gradient(x, keys, bias, lse, pull, None, None, None)
-            dx, dkeys, dbias = dx + pull * F.embedding(codes, keys), dkeys.index_add(0, codes, pull * x), dbias.index_add(0, codes, pull[:, 0])
+            dx, dkeys, dbias = (
+                dx + pull * F.embedding(codes, keys),
+                dkeys.index_add(0, codes, pull * x),
+                dbias.index_add(0, codes, pull[:, 0]),
+            )
         return dx, dkeys, None if bias is None else dbias, to_codebook, None
 
 # %% ../nbs/lib/02c_categorical.ipynb #eb9b50d8
-def routed(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None, codebook: Float[Tensor, "k e"],
-           gate: str = "dense") -> tuple[Float[Tensor, "n e"], Int64[Tensor, "n"]]:
-    "codebook[codes] and codes of the largest logits; gradient of the softmax mixture, \"dense\", or of the chosen probability, \"switch\"; memory linear in n + k; differentiable once."
+def routed(
+    x: Float[Tensor, "n d"],
+    keys: Float[Tensor, "k d"],
+    bias: Float[Tensor, "k"] | None,
+    codebook: Float[Tensor, "k e"],
+    gate: str = "dense",
+) -> tuple[Float[Tensor, "n e"], Int64[Tensor, "n"]]:
+    'codebook[codes] and codes of the largest logits; gradient of the softmax mixture, "dense", or of the chosen probability, "switch"; memory linear in n + k; differentiable once.'
     if gate == "dense" and x.is_cuda and x.dtype != torch.float64:
         codes = route(x, keys, bias)
         return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook), codes
-    return _Routed.apply(x, keys, bias, codebook.view_as(codebook), gate)[:2]  # a graph takes no tensor twice, and a tied router has one
+    return _Routed.apply(x, keys, bias, codebook.view_as(codebook), gate)[
+        :2
+    ]  # a graph takes no tensor twice, and a tied router has one
 
 # %% ../nbs/lib/02c_categorical.ipynb #27b67ad8
-@operator("(Tensor x, Tensor keys, Tensor? bias, Tensor lse) -> (Tensor, Tensor)", lambda x, keys, bias, lse: (x.new_empty(len(keys)), torch.empty_like(lse)))
+@operator(
+    "(Tensor x, Tensor keys, Tensor? bias, Tensor lse) -> (Tensor, Tensor)",
+    lambda x, keys, bias, lse: (x.new_empty(len(keys)), torch.empty_like(lse)),
+)
 def _softmax_means(x, keys, bias, lse):
     "Of p = softmax(x keys^T + bias): the mean over the rows (k,), and the rows' entropies (n, 1)."
     mean, entropy = x.new_zeros(len(keys)), x.new_zeros(len(x), 1)
@@ -286,7 +433,8 @@ class _Entropy(torch.autograd.Function):
     def forward(x, keys, bias, joint):
         lse = _scan(x, keys, bias, None, True)[1]
         mean, entropy = _softmax_means(x, keys, bias, lse)
-        if joint: mean = joint_mean(mean, len(x))
+        if joint:
+            mean = joint_mean(mean, len(x))
         log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         return entropy.mean() + (mean * log_mean).sum(), lse, entropy, log_mean
 
@@ -300,14 +448,23 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx, g, *_):
         x, keys, bias, lse, entropy, log_mean = ctx.saved_tensors
         s = _scan(x, keys, bias, log_mean[:, None], True)[2] + entropy
-        dx, dkeys, dbias = (g / len(x) * t for t in _router_gradient(x, keys, bias, lse, s, None, None, log_mean))
+        dx, dkeys, dbias = (
+            g / len(x) * t for t in _router_gradient(x, keys, bias, lse, s, None, None, log_mean)
+        )
         return dx, dkeys, None if bias is None else dbias, None
 
 # %% ../nbs/lib/02c_categorical.ipynb #8a7dd26b
-def _entropy(x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None, temperature: float = 1.0,
-             joint: bool = False) -> Float[Tensor, ""]:
+def _entropy(
+    x: Float[Tensor, "n d"],
+    keys: Float[Tensor, "k d"],
+    bias: Float[Tensor, "k"] | None = None,
+    temperature: float = 1.0,
+    joint: bool = False,
+) -> Float[Tensor, ""]:
     "Mean of the rows' entropies minus the entropy of the mean row (joint: of all processes' rows), of p = softmax((x keys^T + bias) / temperature), in nats."
-    return _Entropy.apply(x / temperature, keys, None if bias is None else bias / temperature, joint)[0]
+    return _Entropy.apply(
+        x / temperature, keys, None if bias is None else bias / temperature, joint
+    )[0]
 
 # %% ../nbs/lib/02c_categorical.ipynb #938dc4ba
 class RouterQuantizer(Quantizer):
@@ -319,42 +476,97 @@ class RouterQuantizer(Quantizer):
     alpha, beta: of a commitment loss, none by default. `codebook` is E, (num_codes, code_dim). Raises ValueError or TypeError. Differentiable once.
     No n x k matrix is held, in forward, backward or the entropy term: memory is linear in n + k.
     """
-    def __init__(self, dim: int, num_codes: int, tied: bool = False, gate: str = "dense", code_dim: int | None = None, bias: bool = False,
-                 init: str = "normal", init_scale: float | None = None, entropy: float = 0.0, entropy_temperature: float = 0.01,
-                 alpha: float = 0.0, beta: float = 0.8, channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        tied: bool = False,
+        gate: str = "dense",
+        code_dim: int | None = None,
+        bias: bool = False,
+        init: str = "normal",
+        init_scale: float | None = None,
+        entropy: float = 0.0,
+        entropy_temperature: float = 0.01,
+        alpha: float = 0.0,
+        beta: float = 0.8,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
         self.code_dim = dim if code_dim is None else whole("code_dim", code_dim)
-        self.tied, self.gate = _one_of("tied", tied, (True, False)), _one_of("gate", gate, ("dense", "switch"))
-        self.entropy, self.entropy_temperature = _number("entropy", entropy), _number("entropy_temperature", entropy_temperature, positive=True)
+        self.tied, self.gate = (
+            _one_of("tied", tied, (True, False)),
+            _one_of("gate", gate, ("dense", "switch")),
+        )
+        self.entropy, self.entropy_temperature = (
+            _number("entropy", entropy),
+            _number("entropy_temperature", entropy_temperature, positive=True),
+        )
         self.alpha, self.beta = _number("alpha", alpha), _number("beta", beta)
-        if self.beta > 1: raise ValueError(f"beta must lie in 0..1, got {beta}")
-        copied, scale = _one_of("init", init, ("normal", "copy")) == "copy", dim ** -0.5 if init_scale is None else _number("init_scale", init_scale, positive=True)
-        if tied and copied: raise ValueError("init must be 'normal' for a tied router, whose W is E, got 'copy'")
-        if self.code_dim != dim and (tied or copied or alpha): raise ValueError(f"code_dim must be dim = {dim} for a tied or copied router and for a commitment loss (alpha), got {code_dim}")
+        if self.beta > 1:
+            raise ValueError(f"beta must lie in 0..1, got {beta}")
+        copied, scale = (
+            _one_of("init", init, ("normal", "copy")) == "copy",
+            dim**-0.5 if init_scale is None else _number("init_scale", init_scale, positive=True),
+        )
+        if tied and copied:
+            raise ValueError("init must be 'normal' for a tied router, whose W is E, got 'copy'")
+        if self.code_dim != dim and (tied or copied or alpha):
+            raise ValueError(
+                f"code_dim must be dim = {dim} for a tied or copied router and for a commitment loss (alpha), got {code_dim}"
+            )
         self.book = Codebook(self.code_dim, num_codes)
-        if tied: self.book.weight.data.mul_(scale)
-        self.keys = None if tied else nn.Parameter(scale * (self.book.weight.detach() if copied else from_first(torch.randn(num_codes, dim))))
-        self.bias = nn.Parameter(torch.zeros(num_codes)) if _one_of("bias", bias, (True, False)) else None
+        if tied:
+            self.book.weight.data.mul_(scale)
+        self.keys = (
+            None
+            if tied
+            else nn.Parameter(
+                scale
+                * (self.book.weight.detach() if copied else from_first(torch.randn(num_codes, dim)))
+            )
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(num_codes)) if _one_of("bias", bias, (True, False)) else None
+        )
 
     @property
-    def codebook(self) -> Float[Tensor, "k e"]: return self.book()
+    def codebook(self) -> Float[Tensor, "k e"]:
+        return self.book()
 
     def _router(self, dtype):
         "W and b."
         keys = self.book() if self.keys is None else self.keys
         return keys.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
-    def assign(self, x): return route(x, *self._router(x.dtype))
-    def lookup(self, codes): return F.embedding(codes, self.codebook)
+    def assign(self, x):
+        return route(x, *self._router(x.dtype))
+
+    def lookup(self, codes):
+        return F.embedding(codes, self.codebook)
 
     def quantize(self, x, batch):
         codebook = self.codebook.to(x.dtype)
-        if torch.is_grad_enabled(): z_q, codes = routed(x, *self._router(x.dtype), codebook, self.gate)
-        else: codes = self.assign(x); z_q = F.embedding(codes, codebook)
-        loss = commitment(x, F.embedding(codes, codebook), self.alpha, self.beta) if self.alpha else x.new_zeros(())
-        if self.entropy: loss = loss + self.entropy * _entropy(x, *self._router(x.dtype), self.entropy_temperature, joint=self.training)
+        if torch.is_grad_enabled():
+            z_q, codes = routed(x, *self._router(x.dtype), codebook, self.gate)
+        else:
+            codes = self.assign(x)
+            z_q = F.embedding(codes, codebook)
+        loss = (
+            commitment(x, F.embedding(codes, codebook), self.alpha, self.beta)
+            if self.alpha
+            else x.new_zeros(())
+        )
+        if self.entropy:
+            loss = loss + self.entropy * _entropy(
+                x, *self._router(x.dtype), self.entropy_temperature, joint=self.training
+            )
         return z_q, codes, loss
 
-    def _unflat(self, q, shape): return q.view(*shape, self.code_dim).movedim(-1, self.channel_dim)
+    def _unflat(self, q, shape):
+        return q.view(*shape, self.code_dim).movedim(-1, self.channel_dim)
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, tied={self.tied}, gate={self.gate}, code_dim={self.code_dim}, entropy={self.entropy}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tied={self.tied}, gate={self.gate}, code_dim={self.code_dim}, entropy={self.entropy}"

@@ -17,100 +17,160 @@ import vqstudy
 def root() -> Path:
     "The repository's folder. Raises FileNotFoundError where there is none."
     given, here = os.environ.get("VQSTUDY_ROOT"), Path.cwd()
-    places = [Path(given)] if given else [here, *here.parents, Path(vqstudy.__file__).resolve().parents[1]]
+    places = (
+        [Path(given)]
+        if given
+        else [here, *here.parents, Path(vqstudy.__file__).resolve().parents[1]]
+    )
     for place in places:
         settings = place / "settings.ini"
-        if settings.is_file() and re.search(r"^lib_name\s*=\s*vqstudy\s*$", settings.read_text(), re.M): return place
-    raise FileNotFoundError(f"no vqstudy repository at {places[0]} or above it: work inside one, or name it in VQSTUDY_ROOT")
+        if settings.is_file() and re.search(
+            r"^lib_name\s*=\s*vqstudy\s*$", settings.read_text(), re.M
+        ):
+            return place
+    raise FileNotFoundError(
+        f"no vqstudy repository at {places[0]} or above it: work inside one, or name it in VQSTUDY_ROOT"
+    )
 
 # %% ../nbs/lib/10a_cells.ipynb #00d4b66f
 KINDS = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}
 
+
 class Parameter(NamedTuple):
     "One declared parameter of a notebook: its type, its default and the comment beside it."
+
     type: type
     default: Any
     comment: str
 
+
 def notebook_path(notebook: str | Path) -> Path:
     "The file of a notebook: a path as it is, a bare stem in nbs/runs. Raises FileNotFoundError."
-    path = Path(notebook) if str(notebook).endswith(".ipynb") else root() / "nbs" / "runs" / f"{notebook}.ipynb"
-    if path.is_file(): return path
-    raise FileNotFoundError(f"notebook {Path(notebook).stem!r}: there is no {os.path.relpath(path, root())}")
+    path = (
+        Path(notebook)
+        if str(notebook).endswith(".ipynb")
+        else root() / "nbs" / "runs" / f"{notebook}.ipynb"
+    )
+    if path.is_file():
+        return path
+    raise FileNotFoundError(
+        f"notebook {Path(notebook).stem!r}: there is no {os.path.relpath(path, root())}"
+    )
+
 
 def _sources(path: Path, tag: str = "") -> list[str]:
     "The sources of a notebook's code cells, or of those with a tag."
-    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"
+    ]
     return ["".join(c["source"]) for c in cells if not tag or tag in c["metadata"].get("tags", [])]
 
 # %% ../nbs/lib/10a_cells.ipynb #1c8f7b32
 def convert(name: str, value: Any, kind: type) -> Any:
     "`value` as a parameter of type `kind`; an int passes for a float. Raises TypeError, and ValueError for NaN or infinity."
-    if kind is float and type(value) is int: value = float(value)
+    if kind is float and type(value) is int:
+        value = float(value)
     if type(value) is not kind:
-        try: hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if kind is float and type(value) is str and float(value) else ""
-        except ValueError: hint = ""
-        raise TypeError(f"parameter {name!r} was given {value!r}, of type {type(value).__name__}; it takes {kind.__name__}{hint}")
-    if kind is float and not math.isfinite(value): raise ValueError(f"parameter {name!r} was given {value!r}; it takes a finite number")
+        try:
+            hint = (
+                " (YAML reads 1e-3 as text: write 1.0e-3)"
+                if kind is float and type(value) is str and float(value)
+                else ""
+            )
+        except ValueError:
+            hint = ""
+        raise TypeError(
+            f"parameter {name!r} was given {value!r}, of type {type(value).__name__}; it takes {kind.__name__}{hint}"
+        )
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"parameter {name!r} was given {value!r}; it takes a finite number")
     return value
 
 # %% ../nbs/lib/10a_cells.ipynb #8b71adae
 def _declare(node: ast.stmt, where: str) -> tuple[str, type, Any]:
     "Name, type and default of one line of a parameters cell. Raises ValueError or TypeError."
     if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-        raise ValueError(f"{where}: the parameters cell holds lines like `steps: int = 10  # why`, not `{ast.unparse(node)}`")
+        raise ValueError(
+            f"{where}: the parameters cell holds lines like `steps: int = 10  # why`, not `{ast.unparse(node)}`"
+        )
     name, kind = node.target.id, ast.unparse(node.annotation).split("[")[0]
-    if kind not in KINDS: raise ValueError(f"{where}: parameter {name!r} has type {kind}; allowed: {', '.join(KINDS)}")
-    try: value = ast.literal_eval(node.value)
-    except ValueError: raise ValueError(f"{where}: parameter {name!r} must be a literal, not `{ast.unparse(node.value)}`") from None
+    if kind not in KINDS:
+        raise ValueError(
+            f"{where}: parameter {name!r} has type {kind}; allowed: {', '.join(KINDS)}"
+        )
+    try:
+        value = ast.literal_eval(node.value)
+    except ValueError:
+        raise ValueError(
+            f"{where}: parameter {name!r} must be a literal, not `{ast.unparse(node.value)}`"
+        ) from None
     return name, KINDS[kind], convert(name, value, KINDS[kind])
+
 
 def parameters(notebook: str | Path) -> dict[str, Parameter]:
     "The declared parameters of a notebook, by name. Raises ValueError unless one cell is tagged `parameters` and holds annotated literals only."
     path = notebook_path(notebook)
     tagged = _sources(path, "parameters")
-    if len(tagged) != 1: raise ValueError(f"{path.name}: wants one code cell tagged 'parameters', has {len(tagged)}")
+    if len(tagged) != 1:
+        raise ValueError(f"{path.name}: wants one code cell tagged 'parameters', has {len(tagged)}")
     tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = [(*_declare(node, path.name), comments.get(node.end_lineno, "")) for node in ast.parse(tagged[0]).body]
+    found = [
+        (*_declare(node, path.name), comments.get(node.end_lineno, ""))
+        for node in ast.parse(tagged[0]).body
+    ]
     return {name: Parameter(*rest) for name, *rest in found}
 
 # %% ../nbs/lib/10a_cells.ipynb #7e148bb9
 def check(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     "All parameters of a notebook but `out`, with `given` in the place of defaults. Raises ValueError for an unknown name, TypeError for a wrong type."
     declared, stem = parameters(notebook), Path(notebook).stem
-    if declared.pop("out", Parameter(int, 0, "")).type is not str: raise ValueError(f"{stem}: the parameters cell needs `out: str = \"\"`")
+    if declared.pop("out", Parameter(int, 0, "")).type is not str:
+        raise ValueError(f'{stem}: the parameters cell needs `out: str = ""`')
     unknown = ", ".join(repr(name) for name in given if name not in declared)
-    if unknown: raise ValueError(f"{stem}: unknown parameter {unknown}; known: {', '.join(declared)}")
+    if unknown:
+        raise ValueError(f"{stem}: unknown parameter {unknown}; known: {', '.join(declared)}")
     return {name: convert(name, given.get(name, p.default), p.type) for name, p in declared.items()}
 
 # %% ../nbs/lib/10a_cells.ipynb #9a3e7552
-def _hash(text: str | bytes) -> str: return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+def _hash(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
 
 def cell_id(notebook: str | Path, parameters: dict[str, Any]) -> str:
     "The name of a cell: the notebook's stem and a hash of all its parameters."
-    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        parameters, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     return f"{Path(notebook).stem}-{_hash(text)[:12]}"
 
 # %% ../nbs/lib/10a_cells.ipynb #d23d70bf
 BOOKKEEPING = {"cells", "records", "study", "tuning"}
 
+
 def _imports(source: str) -> set[str]:
     "The library's modules that a source text imports by name."
     names = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             base = ".".join(["vqstudy"] * bool(node.level) + [node.module] * bool(node.module))
             names |= {f"{base}.{alias.name}" for alias in node.names}
-    return {parts[1] for parts in (name.split(".") for name in names) if parts[0] == "vqstudy" and len(parts) > 1} - BOOKKEEPING
+    return {
+        parts[1]
+        for parts in (name.split(".") for name in names)
+        if parts[0] == "vqstudy" and len(parts) > 1
+    } - BOOKKEEPING
+
 
 def modules(source: str) -> dict[str, bytes]:
     "Name and content of the library's modules that a source text uses, directly or through others."
     found, todo = {}, _imports(source)
     while todo:
         path = root() / "vqstudy" / f"{(name := todo.pop())}.py"
-        if name in found or not path.is_file(): continue
+        if name in found or not path.is_file():
+            continue
         found[name] = path.read_bytes()
         todo |= _imports(found[name].decode())
     return dict(sorted(found.items()))
@@ -118,20 +178,32 @@ def modules(source: str) -> dict[str, bytes]:
 # %% ../nbs/lib/10a_cells.ipynb #cf2e2b73
 def _code(text: str) -> str:
     "Source text without empty lines and without nbdev's marks, which tell where a cell begins and not what runs."
-    return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith(("# %% ", "# AUTOGENERATED!")))
+    return "\n".join(
+        line
+        for line in text.splitlines()
+        if line.strip() and not line.startswith(("# %% ", "# AUTOGENERATED!"))
+    )
+
 
 def fingerprint(notebook: str | Path) -> str:
     "16 hex digits that change with the code a notebook runs: its own cells and the library's modules it uses. Raises ValueError for broken code."
     path = notebook_path(notebook)
     code = "\n\n".join(_sources(path))
-    try: used = modules(re.sub(r"^\s*[%!].*$", "", code, flags=re.M))
-    except SyntaxError as error: raise ValueError(f"{path.name} or a module it uses does not parse: {error}") from None
-    return _hash(json.dumps([_code(code), {name: _hash(_code(content.decode())) for name, content in used.items()}]))[:16]
+    try:
+        used = modules(re.sub(r"^\s*[%!].*$", "", code, flags=re.M))
+    except SyntaxError as error:
+        raise ValueError(f"{path.name} or a module it uses does not parse: {error}") from None
+    return _hash(
+        json.dumps(
+            [_code(code), {name: _hash(_code(content.decode())) for name, content in used.items()}]
+        )
+    )[:16]
 
 # %% ../nbs/lib/10a_cells.ipynb #580b79fa
 @dataclass(frozen=True)
 class Cell:
     "One notebook with one set of parameters, as a sweep asks for it at a scale."
+
     id: str
     notebook: str
     parameters: dict[str, Any]
@@ -141,39 +213,66 @@ class Cell:
     metric: str = ""
 
     @property
-    def folder(self) -> Path: return root() / "data" / "runs" / self.scale / self.id
+    def folder(self) -> Path:
+        return root() / "data" / "runs" / self.scale / self.id
 
     @property
-    def work(self) -> Path: return self.folder.parent / ".work" / self.id
+    def work(self) -> Path:
+        return self.folder.parent / ".work" / self.id
 
     @property
     def label(self) -> str:
-        known = {name: f"seed {value}" if name == "seed" else str(value) for name, value in self.parameters.items()}
+        known = {
+            name: f"seed {value}" if name == "seed" else str(value)
+            for name, value in self.parameters.items()
+        }
         return " · ".join(known[name] for name in ("method", "dataset", "seed") if name in known)
 
 # %% ../nbs/lib/10a_cells.ipynb #fdb6d9cc
 SCALES = ("smoke", "desk", "gpu", "paper")
-_KEYS = {"notebook": (str,), "figures": (list,), "metric": (str,), "fixed": (dict,), "grid": (dict, list), "seeds": (list,), "scales": (dict,)}
+_KEYS = {
+    "notebook": (str,),
+    "figures": (list,),
+    "metric": (str,),
+    "fixed": (dict,),
+    "grid": (dict, list),
+    "seeds": (list,),
+    "scales": (dict,),
+}
+
 
 def _typed(table: Any, allowed: dict[str, tuple[type, ...]], where: str) -> dict[str, Any]:
     "A mapping of a sweep with the allowed keys and types, empty ones where it has none. Raises ValueError or TypeError."
-    if not isinstance(table, dict): raise TypeError(f"{where}: is {type(table).__name__}, wants a mapping of {', '.join(allowed)}")
+    if not isinstance(table, dict):
+        raise TypeError(
+            f"{where}: is {type(table).__name__}, wants a mapping of {', '.join(allowed)}"
+        )
     for key, value in table.items():
-        if key not in allowed: raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(allowed)}")
-        if not isinstance(value, allowed[key]): raise TypeError(f"{where}: {key} is {value!r}, wants {' or '.join(kind.__name__ for kind in allowed[key])}")
+        if key not in allowed:
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(allowed)}")
+        if not isinstance(value, allowed[key]):
+            raise TypeError(
+                f"{where}: {key} is {value!r}, wants {' or '.join(kind.__name__ for kind in allowed[key])}"
+            )
     return {key: table.get(key, kinds[0]()) for key, kinds in allowed.items()}
 
 # %% ../nbs/lib/10a_cells.ipynb #7581f531
 def sweep(name: str) -> dict[str, Any]:
     "A sweep's YAML, checked. Raises FileNotFoundError, ValueError for an unknown key or scale, TypeError for a wrong type."
     import yaml
+
     path = root() / "nbs" / "sweeps" / f"{name}.yaml"
-    if not path.is_file(): raise FileNotFoundError(f"sweep {name!r}: there is none; known: {', '.join(sweeps())}")
-    try: table = _typed(yaml.safe_load(path.read_text(encoding="utf-8")), _KEYS, path.name)
-    except yaml.YAMLError as error: raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"sweep {name!r}: there is none; known: {', '.join(sweeps())}")
+    try:
+        table = _typed(yaml.safe_load(path.read_text(encoding="utf-8")), _KEYS, path.name)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
     unknown = ", ".join(str(scale) for scale in table["scales"] if scale not in SCALES)
-    if unknown: raise ValueError(f"{path.name}: unknown scale {unknown}; known: {', '.join(SCALES)}")
+    if unknown:
+        raise ValueError(f"{path.name}: unknown scale {unknown}; known: {', '.join(SCALES)}")
     return table
+
 
 def sweeps(scale: str | None = None) -> list[str]:
     "The names of all sweeps, or of those that have a scale."
@@ -184,37 +283,64 @@ def sweeps(scale: str | None = None) -> list[str]:
 def _grids(table: dict[str, Any], where: str) -> list[dict[str, list]]:
     "The grids of a sweep or of one of its scales. Raises TypeError for what is none."
     grids = table["grid"] if isinstance(table["grid"], list) else [table["grid"]]
-    if grids and all(isinstance(grid, dict) for grid in grids): return grids
+    if grids and all(isinstance(grid, dict) for grid in grids):
+        return grids
     raise TypeError(f"{where}: grid is {table['grid']!r}, wants a mapping or a list of mappings")
+
 
 def _axes(table: dict[str, Any], change: dict[str, Any], where: str) -> dict[str, list]:
     "The values of every parameter that a sweep with one grid sets at a scale which changes it, in the order they are crossed."
-    fixed = {key: value for key, value in table["fixed"].items() if key not in change["grid"]} | change["fixed"]
-    grid = {key: value for key, value in table["grid"].items() if key not in change["fixed"]} | change["grid"]
+    fixed = {
+        key: value for key, value in table["fixed"].items() if key not in change["grid"]
+    } | change["fixed"]
+    grid = {
+        key: value for key, value in table["grid"].items() if key not in change["fixed"]
+    } | change["grid"]
     grid |= {"seed": change["seeds"] or table["seeds"]} if change["seeds"] or table["seeds"] else {}
     for key, values in grid.items():
-        if key in fixed: raise ValueError(f"{where}: parameter {key!r} is fixed and in the grid; name it once")
-        if not (isinstance(values, list) and values): raise ValueError(f"{where}: grid {key!r} is {values!r}, wants a list of values")
+        if key in fixed:
+            raise ValueError(f"{where}: parameter {key!r} is fixed and in the grid; name it once")
+        if not (isinstance(values, list) and values):
+            raise ValueError(f"{where}: grid {key!r} is {values!r}, wants a list of values")
     return {key: [value] for key, value in fixed.items()} | grid
+
 
 def _asked(table: dict[str, Any], scale: str, where: str) -> list[dict[str, Any]]:
     "What a sweep sets in each of its cells at a scale. Raises ValueError or TypeError."
-    change = _typed(table["scales"][scale], {key: _KEYS[key] for key in ("fixed", "grid", "seeds")}, f"{where}, scale {scale}")
+    change = _typed(
+        table["scales"][scale],
+        {key: _KEYS[key] for key in ("fixed", "grid", "seeds")},
+        f"{where}, scale {scale}",
+    )
     base, new = _grids(table, where), _grids(change, f"{where}, scale {scale}")
-    if len(base) > 1 < len(new): raise ValueError(f"{where}: the sweep and its scale {scale} both list several grids; one of them may")
-    axes = [_axes(table | {"grid": grid}, change | {"grid": other}, where) for grid in base for other in new]
-    return [dict(zip(each, values)) for each in axes for values in itertools.product(*each.values())]
+    if len(base) > 1 < len(new):
+        raise ValueError(
+            f"{where}: the sweep and its scale {scale} both list several grids; one of them may"
+        )
+    axes = [
+        _axes(table | {"grid": grid}, change | {"grid": other}, where)
+        for grid in base
+        for other in new
+    ]
+    return [
+        dict(zip(each, values)) for each in axes for values in itertools.product(*each.values())
+    ]
 
 # %% ../nbs/lib/10a_cells.ipynb #f127fee9
 def plan(name: str, scale: str) -> list[Cell]:
     "The cells of a sweep at a scale. Raises ValueError or TypeError for whatever its notebook does not take, naming the sweep."
     table, where = sweep(name), f"{name}.yaml"
-    if scale not in table["scales"]: raise ValueError(f"{where}: no scale {scale!r}; it has: {', '.join(table['scales'])}")
+    if scale not in table["scales"]:
+        raise ValueError(f"{where}: no scale {scale!r}; it has: {', '.join(table['scales'])}")
     wanted, stem = _asked(table, scale, where), table["notebook"]
     try:
         asked = [check(stem, given) for given in wanted]
         code = fingerprint(stem)
-    except (ValueError, TypeError, FileNotFoundError) as error: raise type(error)(f"{where}: {error}") from None
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from None
     cells = [Cell(cell_id(stem, p), stem, p, name, scale, code, table["metric"]) for p in asked]
-    if len({cell.id for cell in cells}) < len(cells): raise ValueError(f"{where}: two cells of scale {scale} are the same; a value is listed twice")
+    if len({cell.id for cell in cells}) < len(cells):
+        raise ValueError(
+            f"{where}: two cells of scale {scale} are the same; a value is listed twice"
+        )
     return cells

@@ -20,46 +20,63 @@ from .search import check_vectors, nearest
 def _typed(kinds: type | tuple[type, ...], what: str, **given: Any) -> None:
     "Raises TypeError for a value of another type; a bool is not a number."
     for name, value in given.items():
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool): raise TypeError(f"{name} must be {what}, got {value!r}")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise TypeError(f"{name} must be {what}, got {value!r}")
+
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     "The value, if it is an int of at least `least`; raises TypeError or ValueError that name it."
-    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least: raise ValueError(f"{name} must be at least {least}, got {value}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
-def _number(**given: Any) -> None: _typed((int, float), "a number", **given)
+
+def _number(**given: Any) -> None:
+    _typed((int, float), "a number", **given)
 
 # %% ../nbs/lib/02_codebook.ipynb #3fdf9f23
 def normal(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
     "Standard normal code vectors."
     return torch.randn(num_codes, dim)
 
+
 def uniform(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
     "Code vectors uniform between -1/k and 1/k."
     return (2 * torch.rand(num_codes, dim) - 1) / num_codes
+
 
 def kaiming(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
     "Normal code vectors of deviation sqrt(2 / d) (He et al. 2015)."
     return torch.randn(num_codes, dim) * math.sqrt(2 / dim)
 
+
 def orthogonal(num_codes: int, dim: int) -> Float[Tensor, "k d"]:
     "Blocks of at most d orthonormal code vectors."
-    return torch.cat([torch.linalg.qr(torch.randn(dim, dim))[0] for _ in range(-(-num_codes // dim))])[:num_codes]
+    return torch.cat(
+        [torch.linalg.qr(torch.randn(dim, dim))[0] for _ in range(-(-num_codes // dim))]
+    )[:num_codes]
 
 # %% ../nbs/lib/02_codebook.ipynb #d271238f
 @torch.no_grad()
-def kmeans(z: Float[Tensor, "n d"], num_codes: int, iterations: int = 20, samples_per_code: int = 64) -> Float[Tensor, "k d"]:
+def kmeans(
+    z: Float[Tensor, "n d"], num_codes: int, iterations: int = 20, samples_per_code: int = 64
+) -> Float[Tensor, "k d"]:
     """Centres of the (joined) batch by k-means++ and Lloyd (scikit-learn), repeatable under `torch.manual_seed`; works for num_codes > n too.
 
     Raises ValueError for empty or non-finite z, ImportError where scikit-learn is missing (it comes with vqstudy[study]).
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
+
     check_vectors("z", z, check_finite=True)
     n, seed = int(total(torch.tensor(len(z), device=z.device))), int(torch.randint(2**31 - 1, ()))
     if n <= num_codes:
-        noise, drawn = torch.randn(num_codes, z.shape[1], device=z.device, dtype=z.dtype), draw(z, num_codes)
+        noise, drawn = (
+            torch.randn(num_codes, z.shape[1], device=z.device, dtype=z.dtype),
+            draw(z, num_codes),
+        )
         noise[:n] = 0
         return from_first(drawn + 0.01 * drawn[:n].std(0, correction=0) * noise)
     sample = draw(z, min(n, samples_per_code * num_codes)).float().cpu().numpy()
@@ -74,25 +91,38 @@ class Affine(nn.Module):
     lr: eta, which scales the map's steps (by eta under AdamW, eta^2 under SGD). groups: consecutive equal parts of the codebook with a map each. max_norm: largest norm of eta s and of eta b (A.1 advises a
     constraint). Raises ValueError or TypeError for bad values.
     """
+
     def __init__(self, dim: int, lr: float = 1.0, groups: int = 1, max_norm: float | None = None):
         super().__init__()
         whole("dim", dim), whole("groups", groups)
         _number(lr=lr, max_norm=1 if max_norm is None else max_norm)
-        if not 0 < lr < math.inf: raise ValueError(f"lr must be positive and finite, got {lr}")
-        if max_norm is not None and not max_norm > 0: raise ValueError(f"max_norm must be positive, got {max_norm}")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {lr}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.lr, self.groups, self.max_norm = lr, groups, max_norm
-        self.scale, self.shift = nn.Parameter(torch.zeros(groups, dim)), nn.Parameter(torch.zeros(groups, dim))
+        self.scale, self.shift = (
+            nn.Parameter(torch.zeros(groups, dim)),
+            nn.Parameter(torch.zeros(groups, dim)),
+        )
 
     def _bounded(self, x):
         x = self.lr * x
-        if self.max_norm is None: return x
+        if self.max_norm is None:
+            return x
         return x * (self.max_norm / x.norm(dim=1, keepdim=True).clamp_min(self.max_norm))
 
     def parts(self, num_codes: int) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d"]]:
         "Factor and shift of every code. Raises ValueError where the groups do not divide the codes."
-        if num_codes % self.groups: raise ValueError(f"groups must divide the number of codes {num_codes}, got {self.groups}")
+        if num_codes % self.groups:
+            raise ValueError(
+                f"groups must divide the number of codes {num_codes}, got {self.groups}"
+            )
         each = num_codes // self.groups
-        return tuple(t.repeat_interleave(each, 0) for t in (1 + self._bounded(self.scale), self._bounded(self.shift)))
+        return tuple(
+            t.repeat_interleave(each, 0)
+            for t in (1 + self._bounded(self.scale), self._bounded(self.shift))
+        )
 
     def forward(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         factor, shift = self.parts(len(table))
@@ -103,7 +133,8 @@ class Affine(nn.Module):
         factor, shift = self.parts(len(vectors))
         return (vectors - shift) / torch.where(factor.abs() < 1e-6, 1e-6, factor)
 
-    def extra_repr(self) -> str: return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
+    def extra_repr(self) -> str:
+        return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
 # %% ../nbs/lib/02_codebook.ipynb #f6636128
 class MovingAffine(nn.Module):
@@ -112,11 +143,14 @@ class MovingAffine(nn.Module):
     momentum: weight of the new moments. of: "codebook" (A.9) or "chosen" (Eq. 40-41), which vectors' moments are matched to z's.
     The first training batch sets the moments; until then the map is the identity. Raises ValueError or TypeError for bad values.
     """
+
     def __init__(self, dim: int, momentum: float = 0.1, of: str = "codebook"):
         super().__init__()
         whole("dim", dim), _number(momentum=momentum), _typed(str, "a text", of=of)
-        if not 0 < momentum <= 1: raise ValueError(f"momentum must lie in 0..1, got {momentum}")
-        if of not in ("codebook", "chosen"): raise ValueError(f"of must be 'codebook' or 'chosen', got {of!r}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must lie in 0..1, got {momentum}")
+        if of not in ("codebook", "chosen"):
+            raise ValueError(f"of must be 'codebook' or 'chosen', got {of!r}")
         self.momentum, self.of = momentum, of
         for name in ("z", "c"):
             self.register_buffer(f"mean_{name}", torch.zeros(dim))
@@ -126,7 +160,9 @@ class MovingAffine(nn.Module):
     @torch.no_grad()
     def update(self, z: Float[Tensor, "n d"], codes: Float[Tensor, "m d"]) -> None:
         "Move the running moments towards those of the (joined) batch z, and of code vectors before the map."
-        rate = torch.where(self.started > 0, self.momentum, self.started.new_ones((), dtype=torch.float64))  # of two numbers it would make a float32
+        rate = torch.where(
+            self.started > 0, self.momentum, self.started.new_ones((), dtype=torch.float64)
+        )  # of two numbers it would make a float32
         for x, name, spread in ((z, "z", True), (codes, "c", self.of == "chosen")):
             mean, var = _moments(x, spread)
             for kind, new in (("mean", mean), ("var", var)):
@@ -136,7 +172,9 @@ class MovingAffine(nn.Module):
 
     def parts(self) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
         "Factor and shift; the factor is 1 where the table has no spread."
-        factor = torch.where(self.var_c > 1e-12, (self.var_z / self.var_c.clamp_min(1e-12)).sqrt(), 1.0)
+        factor = torch.where(
+            self.var_c > 1e-12, (self.var_z / self.var_c.clamp_min(1e-12)).sqrt(), 1.0
+        )
         return factor, self.mean_z - factor * self.mean_c
 
     def forward(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
@@ -148,12 +186,16 @@ class MovingAffine(nn.Module):
         factor, shift = self.parts()
         return (vectors - shift) / factor.clamp_min(1e-6)
 
-    def extra_repr(self) -> str: return f"momentum={self.momentum}, of={self.of}"
+    def extra_repr(self) -> str:
+        return f"momentum={self.momentum}, of={self.of}"
 
 # %% ../nbs/lib/02_codebook.ipynb #fc5ddfd3
-def _moments(x: Float[Tensor, "n d"], spread: bool) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+def _moments(
+    x: Float[Tensor, "n d"], spread: bool
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
     "Mean and variance (over n) of x, or of all processes' x where each has a part of it."
-    if not spread: return x.mean(0), x.var(0, correction=0)
+    if not spread:
+        return x.mean(0), x.var(0, correction=0)
     n = total(torch.full((), len(x), dtype=x.dtype, device=x.device))
     mean = total(x.sum(0)) / n
     return mean, total((x - mean).pow(2).sum(0)) / n
@@ -161,18 +203,21 @@ def _moments(x: Float[Tensor, "n d"], spread: bool) -> tuple[Float[Tensor, "d"],
 # %% ../nbs/lib/02_codebook.ipynb #2747fab5
 class LinearMap(nn.Module):
     "c_i = W r_i with a learned W (d, d), over a frozen table (Zhu et al. 2024, SimVQ); starts as torch's linear layer does."
+
     def __init__(self, dim: int):
         super().__init__()
         whole("dim", dim)
         self.linear = nn.Linear(dim, dim, bias=False)
         from_first(self.linear.weight.data)
 
-    def forward(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]: return self.linear(table)
+    def forward(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        return self.linear(table)
 
 # %% ../nbs/lib/02_codebook.ipynb #fba85290
 def sample(z: Float[Tensor, "n d"], num_codes: int) -> Float[Tensor, "k d"]:
     "Vectors of the (joined) batch as code vectors."
     return draw(z, num_codes)
+
 
 INITS = {"normal": normal, "uniform": uniform, "kaiming": kaiming, "orthogonal": orthogonal}
 FROM_DATA = {"kmeans": kmeans, "sample": sample}
@@ -184,19 +229,41 @@ class Codebook(nn.Module):
     init: one of INITS, or one of FROM_DATA (at the first training batch). l2: used on the unit sphere. learn: whether `weight` is a parameter
     (gradients) or a buffer (moving averages). map: Affine, MovingAffine or LinearMap. Raises ValueError or TypeError for bad values.
     """
-    def __init__(self, dim: int, num_codes: int, init: str = "normal", l2: bool = False, learn: bool = True, map: nn.Module | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        init: str = "normal",
+        l2: bool = False,
+        learn: bool = True,
+        map: nn.Module | None = None,
+    ):
         super().__init__()
-        whole("dim", dim), whole("num_codes", num_codes), _typed(str, "a text", init=init), _typed(bool, "True or False", l2=l2, learn=learn)
-        if not isinstance(map, nn.Module | None): raise TypeError(f"map must be Affine, MovingAffine, LinearMap or None, got {map!r}")
-        if init not in INITS | FROM_DATA: raise ValueError(f"init must be one of {', '.join(INITS | FROM_DATA)}, got {init!r}")
+        (
+            whole("dim", dim),
+            whole("num_codes", num_codes),
+            _typed(str, "a text", init=init),
+            _typed(bool, "True or False", l2=l2, learn=learn),
+        )
+        if not isinstance(map, nn.Module | None):
+            raise TypeError(f"map must be Affine, MovingAffine, LinearMap or None, got {map!r}")
+        if init not in INITS | FROM_DATA:
+            raise ValueError(f"init must be one of {', '.join(INITS | FROM_DATA)}, got {init!r}")
         self.init, self.l2, self.map = init, l2, map
-        if isinstance(map, Affine): map.parts(num_codes)  # do its groups divide the codes?
+        if isinstance(map, Affine):
+            map.parts(num_codes)  # do its groups divide the codes?
         weight = from_first(INITS.get(init, normal)(num_codes, dim))
-        if isinstance(map, LinearMap): weight = weight * dim ** -0.5
-        if learn and not isinstance(map, LinearMap): self.weight = nn.Parameter(weight)
-        else: self.register_buffer("weight", weight)
+        if isinstance(map, LinearMap):
+            weight = weight * dim**-0.5
+        if learn and not isinstance(map, LinearMap):
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
         self.register_buffer("started", torch.tensor(init in INITS))
-        self.waiting = init in FROM_DATA  # `started` as a plain bool: to ask a GPU each step would make it wait
+        self.waiting = (
+            init in FROM_DATA
+        )  # `started` as a plain bool: to ask a GPU each step would make it wait
 
     def forward(self) -> Float[Tensor, "k d"]:
         used = self.weight if self.map is None else self.map(self.weight)
@@ -217,7 +284,10 @@ class Codebook(nn.Module):
 
     def _table(self, vectors):
         "The table that the map takes to these vectors."
-        if isinstance(self.map, LinearMap): raise ValueError("a codebook that is a linear map of a frozen table cannot take single new codes")
+        if isinstance(self.map, LinearMap):
+            raise ValueError(
+                "a codebook that is a linear map of a frozen table cannot take single new codes"
+            )
         vectors = vectors.to(self.weight.dtype)
         return vectors if self.map is None else self.map.inverse(vectors)
 
@@ -225,7 +295,8 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.waiting = not bool(self.started)
 
-    def extra_repr(self) -> str: return f"{len(self.weight)} codes of width {self.weight.shape[1]}, init={self.init}, l2={self.l2}"
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)} codes of width {self.weight.shape[1]}, init={self.init}, l2={self.l2}"
 
 # %% ../nbs/lib/02_codebook.ipynb #960c850d
 class MovingAverage(nn.Module):
@@ -234,12 +305,16 @@ class MovingAverage(nn.Module):
     weight: the table at the start. decay: lambda, between 0 and 1. smoothing: epsilon of the Laplace smoothing, 0 for none. Raises ValueError or
     TypeError for bad values.
     """
+
     def __init__(self, weight: Float[Tensor, "k d"], decay: float = 0.99, smoothing: float = 1e-5):
         super().__init__()
         check_vectors("weight", weight), _number(decay=decay, smoothing=smoothing)
-        if weight.ndim != 2: raise ValueError(f"weight must be (k, d), got shape {tuple(weight.shape)}")
-        if not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, got {decay}")
-        if not 0 <= smoothing < math.inf: raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")
+        if weight.ndim != 2:
+            raise ValueError(f"weight must be (k, d), got shape {tuple(weight.shape)}")
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must lie between 0 and 1, got {decay}")
+        if not 0 <= smoothing < math.inf:
+            raise ValueError(f"smoothing must be finite and not negative, got {smoothing}")
         self.decay, self.smoothing = decay, smoothing
         self.register_buffer("counts", weight.new_ones(len(weight)))
         self.register_buffer("sums", weight.detach().clone())
@@ -253,16 +328,22 @@ class MovingAverage(nn.Module):
     @torch.no_grad()
     def update(self, book: Codebook, z: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> None:
         "One step of the averages with a batch and its codes; writes the means into the codebook."
-        chosen = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
+        chosen = torch.zeros_like(self.counts).index_add_(
+            0, codes, torch.ones_like(codes, dtype=self.counts.dtype)
+        )
         self.counts.lerp_(total(chosen), 1 - self.decay)
-        self.sums.lerp_(total(torch.zeros_like(self.sums).index_add_(0, codes, z.to(self.sums.dtype))), 1 - self.decay)
+        self.sums.lerp_(
+            total(torch.zeros_like(self.sums).index_add_(0, codes, z.to(self.sums.dtype))),
+            1 - self.decay,
+        )
         n, eps = self.counts.sum(), self.smoothing
         counts = (self.counts + eps) / (n + len(self.counts) * eps) * n
         # a count that has decayed to nothing no longer says where its code is
         known = counts > torch.finfo(counts.dtype).tiny ** 0.5
         book.weight.copy_(torch.where(known[:, None], self.sums / counts[:, None], book.weight))
 
-    def extra_repr(self) -> str: return f"decay={self.decay}, smoothing={self.smoothing}"
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}, smoothing={self.smoothing}"
 
 # %% ../nbs/lib/02_codebook.ipynb #e1fa4759
 class Replacement(nn.Module):
@@ -270,6 +351,7 @@ class Replacement(nn.Module):
 
     With several processes a compiled step breaks its graph at each draw, which reads how many vectors every rank has. Raises ValueError or TypeError for bad values.
     """
+
     def __init__(self, num_codes: int, life_span: int = 20):
         super().__init__()
         whole("num_codes", num_codes), whole("life_span", life_span)
@@ -280,9 +362,11 @@ class Replacement(nn.Module):
     def revive(self, z: Float[Tensor, "n d"], *tables: nn.Module) -> None:
         "Give each dead code a vector of the batch, in the codebook and whatever else keeps a memory of it."
         dead = self.idle >= self.life_span
-        if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any(): return  # cheap to ask here
+        if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+            return  # cheap to ask here
         vectors = draw(z, len(dead))
-        for table in tables: table.replace(dead, vectors)
+        for table in tables:
+            table.replace(dead, vectors)
         self.idle.masked_fill_(dead, 0)
 
     @torch.no_grad()
@@ -291,4 +375,5 @@ class Replacement(nn.Module):
         chosen = total(torch.zeros_like(self.idle).index_fill_(0, codes, 1))
         self.idle.add_(1).masked_fill_(chosen > 0, 0)
 
-    def extra_repr(self) -> str: return f"life_span={self.life_span}"
+    def extra_repr(self) -> str:
+        return f"life_span={self.life_span}"

@@ -21,51 +21,82 @@ from .vector import VectorQuantizer, _Asking
 def _made(make: Callable[[int, int], Quantizer], width: int, num_codes: int) -> Quantizer:
     "A part, checked."
     part = make(width, num_codes)
-    if not isinstance(part, Quantizer): raise TypeError(f"make must return a Quantizer, got {type(part).__name__}")
+    if not isinstance(part, Quantizer):
+        raise TypeError(f"make must return a Quantizer, got {type(part).__name__}")
     if (part.dim, part.num_codes) != (width, num_codes):
-        raise ValueError(f"make must return a quantizer of width {width} with {num_codes} codes, got width {part.dim} with {part.num_codes}")
-    if getattr(part, "alternate", False): raise ValueError("make must return a quantizer without alternate: fit alternates with a whole quantizer only")
+        raise ValueError(
+            f"make must return a quantizer of width {width} with {num_codes} codes, got width {part.dim} with {part.num_codes}"
+        )
+    if getattr(part, "alternate", False):
+        raise ValueError(
+            "make must return a quantizer without alternate: fit alternates with a whole quantizer only"
+        )
     return part
+
 
 def _wide(q: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     "At least in float32: sums are made as wide as forward makes them, and rounded once."
     return q.to(torch.promote_types(q.dtype, torch.float32))
 
+
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool): raise TypeError(f"{name} must be True or False, got {value!r}")
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 # %% ../nbs/lib/02f_composed.ipynb #0d4dcb8b
 class _Composed(Quantizer):
     "Base of quantizers made of `parts`."
-    def __init__(self, dim: int, num_codes: int, width: int, count: int, make: Callable[[int, int], Quantizer] | None, channel_dim: int, check_finite: bool | None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        width: int,
+        count: int,
+        make: Callable[[int, int], Quantizer] | None,
+        channel_dim: int,
+        check_finite: bool | None,
+    ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        if make is None: make = VectorQuantizer
-        if not callable(make): raise TypeError(f"make must be a function (width, num_codes) -> Quantizer, got {make!r}")
+        if make is None:
+            make = VectorQuantizer
+        if not callable(make):
+            raise TypeError(
+                f"make must be a function (width, num_codes) -> Quantizer, got {make!r}"
+            )
         self.parts = nn.ModuleList(_made(make, width, num_codes) for _ in range(count))
 
     @property
-    def codebook(self) -> Float[Tensor, "*parts k d"]: return torch.stack([part.codebook for part in self.parts])
+    def codebook(self) -> Float[Tensor, "*parts k d"]:
+        return torch.stack([part.codebook for part in self.parts])
 
     def decode(self, codes: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
         "What the codes stand for, in the dtype of the parts."
         q = super().decode(codes)
-        return q.to(next((t.dtype for t in self.state_dict().values() if t.is_floating_point()), q.dtype))
+        return q.to(
+            next((t.dtype for t in self.state_dict().values() if t.is_floating_point()), q.dtype)
+        )
 
     def anneal(self, progress: float) -> None:
         "All parts go on to that share of the training."
-        for part in self.parts: part.anneal(progress)
+        for part in self.parts:
+            part.anneal(progress)
 
     def objective(self, mse: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
         "What the parts make of the task's term."
         return self.parts[0].objective(mse, size)
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, code_shape={self.code_shape}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, code_shape={self.code_shape}"
 
     def _keep_rules(self) -> None:
         "For parts that estimate their own gradients."
         for part in self.parts:
-            if isinstance(getattr(part, "rule", None), str): raise ValueError(f"rule {part.rule!r} needs the decoder's input, and a part is not all of it")
+            if isinstance(getattr(part, "rule", None), str):
+                raise ValueError(
+                    f"rule {part.rule!r} needs the decoder's input, and a part is not all of it"
+                )
 
 # %% ../nbs/lib/02f_composed.ipynb #a4b8bc4f
 class GroupQuantizer(_Composed):
@@ -74,35 +105,64 @@ class GroupQuantizer(_Composed):
     codes (..., groups); num_codes and `codebook` (groups, num_codes, dim / groups) are of each group (one, where shared); make: (width, num_codes)
     -> Quantizer; loss: mean over groups. Raises ValueError where groups does not divide dim, or a part's rule needs the decoder.
     """
-    def __init__(self, dim: int, num_codes: int, groups: int = 2, make: Callable[[int, int], Quantizer] | None = None, shared: bool = False,
-                 channel_dim: int = -1, check_finite: bool | None = None):
-        if whole("dim", dim) % whole("groups", groups): raise ValueError(f"groups must divide dim={dim}, got {groups}")
-        super().__init__(dim, num_codes, dim // groups, 1 if _flag("shared", shared) else groups, make, channel_dim, check_finite)
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        groups: int = 2,
+        make: Callable[[int, int], Quantizer] | None = None,
+        shared: bool = False,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
+        if whole("dim", dim) % whole("groups", groups):
+            raise ValueError(f"groups must divide dim={dim}, got {groups}")
+        super().__init__(
+            dim,
+            num_codes,
+            dim // groups,
+            1 if _flag("shared", shared) else groups,
+            make,
+            channel_dim,
+            check_finite,
+        )
         self._keep_rules()
         self.groups, self.code_shape = groups, (groups, *self.parts[0].code_shape)
 
     def _each(self, x, method, *args):
         "What a method of the parts gives for their pieces; a shared part has the pieces of all groups."
-        return [getattr(part, method)(part.prepare(piece), *args) for part, piece in zip(self.parts, x.reshape(-1, len(self.parts), self.dim // self.groups).unbind(1))]
+        return [
+            getattr(part, method)(part.prepare(piece), *args)
+            for part, piece in zip(
+                self.parts, x.reshape(-1, len(self.parts), self.dim // self.groups).unbind(1)
+            )
+        ]
 
     def quantize(self, x, batch):
         q, codes, losses = zip(*self._each(x, "quantize", batch))
         return torch.stack(q, 1).reshape(x.shape), self._codes(codes), torch.stack(losses).mean()
 
-    def assign(self, x): return self._codes(self._each(x, "assign"))
+    def assign(self, x):
+        return self._codes(self._each(x, "assign"))
 
     def lookup(self, codes):
         pieces = codes.reshape(-1, len(self.parts), *self.code_shape[1:]).unbind(1)
-        return torch.stack([part.lookup(piece) for part, piece in zip(self.parts, pieces)], 1).reshape(-1, self.dim)
+        return torch.stack(
+            [part.lookup(piece) for part, piece in zip(self.parts, pieces)], 1
+        ).reshape(-1, self.dim)
 
-    def _codes(self, codes): return torch.stack(list(codes), 1).reshape(-1, *self.code_shape)
+    def _codes(self, codes):
+        return torch.stack(list(codes), 1).reshape(-1, *self.code_shape)
 
 # %% ../nbs/lib/02f_composed.ipynb #c8d26b90
 class _Levels(_Composed):
     "Base of a sum of levels: what its codes stand for, and those of its first levels."
+
     def first(self, levels: int) -> "ResidualQuantizer":
         "This quantizer cut to its first levels, with the same codebooks: fewer bits. Raises ValueError for more levels than there are."
-        if whole("levels", levels) > self.levels: raise ValueError(f"levels must lie in 1..{self.levels}, got {levels}")
+        if whole("levels", levels) > self.levels:
+            raise ValueError(f"levels must lie in 1..{self.levels}, got {levels}")
         cut = copy.copy(self)
         cut._modules = {"parts": self.parts[:levels]}  # of its own, or the cut would be ours too
         cut.levels, cut.code_shape = levels, (levels, *self.code_shape[1:])
@@ -111,17 +171,31 @@ class _Levels(_Composed):
     def decode(self, codes: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
         "The sums of code vectors of codes (..., levels), or (..., m) of the first m levels alone."
         depth = len(self.code_shape)
-        given = codes.shape[-depth] if isinstance(codes, Tensor) and codes.ndim >= depth else self.levels
+        given = (
+            codes.shape[-depth]
+            if isinstance(codes, Tensor) and codes.ndim >= depth
+            else self.levels
+        )
         return self.first(given).decode(codes) if 0 < given < self.levels else super().decode(codes)
 
-    def prepare(self, x): return x if self.rule is None else self.parts[0].prepare(x)  # one rule goes from there to the sum
+    def prepare(self, x):
+        return (
+            x if self.rule is None else self.parts[0].prepare(x)
+        )  # one rule goes from there to the sum
 
     def _prepared(self, i, rest):
         "What level i quantizes."
-        return rest if i == 0 and self.rule is not None else self.parts[i % len(self.parts)].prepare(rest)
+        return (
+            rest
+            if i == 0 and self.rule is not None
+            else self.parts[i % len(self.parts)].prepare(rest)
+        )
 
-    def lookup(self, codes): return sum(_wide(level.lookup(codes[:, i])) for i, level in enumerate(self._chain()))
-    def _chain(self): return [self.parts[i % len(self.parts)] for i in range(self.levels)]
+    def lookup(self, codes):
+        return sum(_wide(level.lookup(codes[:, i])) for i, level in enumerate(self._chain()))
+
+    def _chain(self):
+        return [self.parts[i % len(self.parts)] for i in range(self.levels)]
 
 # %% ../nbs/lib/02f_composed.ipynb #0e2c732c
 class ResidualQuantizer(_Asking, _Levels):
@@ -131,36 +205,76 @@ class ResidualQuantizer(_Asking, _Levels):
     whose rule goes once from z to the sum; loss: mean over levels. dropout: pictures are decoded from 1..levels levels in training.
     Compiles with fullgraph=True where its parts do.
     """
-    def __init__(self, dim: int, num_codes: int, levels: int = 4, make: Callable[[int, int], Quantizer] | None = None, shared: bool = False,
-                 dropout: bool = False, channel_dim: int = -1, check_finite: bool | None = None):
-        super().__init__(dim, num_codes, dim, 1 if whole("levels", levels) and _flag("shared", shared) else levels, make, channel_dim, check_finite)
-        self.levels, self.dropout, self.code_shape = levels, _flag("dropout", dropout), (levels, *self.parts[0].code_shape)
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        levels: int = 4,
+        make: Callable[[int, int], Quantizer] | None = None,
+        shared: bool = False,
+        dropout: bool = False,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_codes,
+            dim,
+            1 if whole("levels", levels) and _flag("shared", shared) else levels,
+            make,
+            channel_dim,
+            check_finite,
+        )
+        self.levels, self.dropout, self.code_shape = (
+            levels,
+            _flag("dropout", dropout),
+            (levels, *self.parts[0].code_shape),
+        )
         self.rule, self.perturb = None, None
-        if isinstance(self.parts[0], VectorQuantizer): self._take_rules()
-        else: self._keep_rules()
+        if isinstance(self.parts[0], VectorQuantizer):
+            self._take_rules()
+        else:
+            self._keep_rules()
 
     def _take_rules(self):
         self.rule, self.perturb = self.parts[0].rule, self.parts[0].perturb
-        for part in self.parts: part.rule, part.perturb = none, None
+        for part in self.parts:
+            part.rule, part.perturb = none, None
 
-    def quantize(self, x, batch): return _quantize(self, x, batch)
-    def assign(self, x): return _assign(self, x)
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, dropout={self.dropout}"
+    def quantize(self, x, batch):
+        return _quantize(self, x, batch)
+
+    def assign(self, x):
+        return _assign(self, x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"
 
 # %% ../nbs/lib/02f_composed.ipynb #973de07f
-def _quantize(self: ResidualQuantizer, x: Float[Tensor, "n d"], batch: int) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n m ..."], Float[Tensor, ""]]:
+def _quantize(
+    self: ResidualQuantizer, x: Float[Tensor, "n d"], batch: int
+) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n m ..."], Float[Tensor, ""]]:
     rest, steps = x, []
-    shown = torch.randint(1, self.levels + 1, (batch, 1), device=x.device) if self.training and self.dropout else None
-    if shown is not None: shown = shown.expand(batch, len(x) // batch).reshape(-1, 1)
+    shown = (
+        torch.randint(1, self.levels + 1, (batch, 1), device=x.device)
+        if self.training and self.dropout
+        else None
+    )
+    if shown is not None:
+        shown = shown.expand(batch, len(x) // batch).reshape(-1, 1)
     for i, level in enumerate(self._chain()):
         q, codes, loss = level.quantize(self._prepared(i, rest), batch)
         rest = rest - (q if self.rule is None else q.detach())
         steps.append((q if shown is None else q.where(shown > i, 0), codes, loss))
     q, codes, losses = zip(*steps)
     codes, loss, total = torch.stack(codes, 1), torch.stack(losses).mean(), sum(q)
-    if self.rule is None: return total, codes, loss
-    if self.perturb is not None and self.training: return self.perturb(x, total), codes, loss
+    if self.rule is None:
+        return total, codes, loss
+    if self.perturb is not None and self.training:
+        return self.perturb(x, total), codes, loss
     return estimate(x, total, self._rule()), codes, loss
+
 
 def _assign(self: ResidualQuantizer, x: Float[Tensor, "n d"]) -> Int64[Tensor, "n m ..."]:
     rest, codes = x, []
@@ -175,12 +289,20 @@ def _cells(x: Float[Tensor, "b h w d"]) -> Float[Tensor, "n 4*d"]:
     b, h, w, d = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, d).transpose(2, 3).reshape(-1, 4 * d)
 
-def split_scales(codes: Int64[Tensor, "b h w 5 ..."]) -> tuple[Int64[Tensor, "b h w ..."], Int64[Tensor, "b 2*h 2*w ..."]]:
+
+def split_scales(
+    codes: Int64[Tensor, "b h w 5 ..."],
+) -> tuple[Int64[Tensor, "b h w ..."], Int64[Tensor, "b 2*h 2*w ..."]]:
     "The coarse and the fine map of a `MultiScaleQuantizer`'s codes."
     b, h, w, _, *more = codes.shape
-    return codes[:, :, :, 0], codes[:, :, :, 1:].reshape(b, h, w, 2, 2, *more).transpose(2, 3).reshape(b, 2 * h, 2 * w, *more)
+    return codes[:, :, :, 0], codes[:, :, :, 1:].reshape(b, h, w, 2, 2, *more).transpose(
+        2, 3
+    ).reshape(b, 2 * h, 2 * w, *more)
 
-def join_scales(top: Int64[Tensor, "b h w ..."], bottom: Int64[Tensor, "b tall wide ..."]) -> Int64[Tensor, "b h w 5 ..."]:
+
+def join_scales(
+    top: Int64[Tensor, "b h w ..."], bottom: Int64[Tensor, "b tall wide ..."]
+) -> Int64[Tensor, "b h w 5 ..."]:
     "The codes of a coarse and a fine map."
     b, h, w, *more = top.shape
     fine = bottom.reshape(b, h, 2, w, 2, *more).transpose(2, 3).reshape(b, h, w, 4, *more)
@@ -190,6 +312,7 @@ def join_scales(top: Int64[Tensor, "b h w ..."], bottom: Int64[Tensor, "b tall w
 def _linear(layer: nn.Linear, x: Float[Tensor, "n a"]) -> Float[Tensor, "n b"]:
     "The layer, computed as wide as x."
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
 
 @torch.no_grad()
 def _start_as(layer: nn.Linear, blocks: list[float], side: int) -> nn.Linear:
@@ -202,16 +325,27 @@ def _start_as(layer: nn.Linear, blocks: list[float], side: int) -> nn.Linear:
 # %% ../nbs/lib/02f_composed.ipynb #419241c7
 class _Cells(_Composed):
     "Base of quantizers of a map's 2 x 2 cells: z (b, h, w, dim) is seen as (n, 4 dim)."
+
     def _flat(self, z):
         x, shape = super()._flat(z)
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
-            raise ValueError(f"z must be a batch of maps with even height and width, got shape {tuple(z.shape)} with channel_dim={self.channel_dim}")
-        return _cells(x.view(*shape, self.dim)), torch.Size((shape[0], shape[1] // 2, shape[2] // 2))
+            raise ValueError(
+                f"z must be a batch of maps with even height and width, got shape {tuple(z.shape)} with channel_dim={self.channel_dim}"
+            )
+        return _cells(x.view(*shape, self.dim)), torch.Size(
+            (shape[0], shape[1] // 2, shape[2] // 2)
+        )
 
     def _unflat(self, q, shape):
-        if len(shape) != 3: raise ValueError(f"codes must be of shape (b, h/2, w/2, {', '.join(map(str, self.code_shape))}), got {(*shape, *self.code_shape)}")
+        if len(shape) != 3:
+            raise ValueError(
+                f"codes must be of shape (b, h/2, w/2, {', '.join(map(str, self.code_shape))}), got {(*shape, *self.code_shape)}"
+            )
         b, h, w = shape
-        return super()._unflat(q.reshape(b, h, w, 2, 2, self.dim).transpose(2, 3).reshape(-1, self.dim), (b, 2 * h, 2 * w))
+        return super()._unflat(
+            q.reshape(b, h, w, 2, 2, self.dim).transpose(2, 3).reshape(-1, self.dim),
+            (b, 2 * h, 2 * w),
+        )
 
 # %% ../nbs/lib/02f_composed.ipynb #4af18b37
 class MultiScaleQuantizer(_Cells):
@@ -220,34 +354,58 @@ class MultiScaleQuantizer(_Cells):
     codes (b, h/2, w/2, 5): a cell's coarse code, then its four fine ones; num_codes and `codebook` (2, num_codes, dim) are of each level, coarse
     first; make: (dim, num_codes) -> Quantizer; z_q = fine + up(coarse); loss: mean of both. Raises ValueError for a z that is no map or odd.
     """
-    def __init__(self, dim: int, num_codes: int, make: Callable[[int, int], Quantizer] | None = None, channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        make: Callable[[int, int], Quantizer] | None = None,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         super().__init__(dim, num_codes, dim, 2, make, channel_dim, check_finite)
         self._keep_rules()
         self.code_shape = (5, *self.parts[0].code_shape)
-        self.down = _start_as(nn.Linear(4 * dim, dim), [.25] * 4, 1)
-        self.up = _start_as(nn.Linear(dim, 4 * dim), [1.] * 4, 0)
-        self.merge = _start_as(nn.Linear(2 * dim, dim), [1., -1.], 1)
+        self.down = _start_as(nn.Linear(4 * dim, dim), [0.25] * 4, 1)
+        self.up = _start_as(nn.Linear(dim, 4 * dim), [1.0] * 4, 0)
+        self.merge = _start_as(nn.Linear(2 * dim, dim), [1.0, -1.0], 1)
 
-    def quantize(self, x, batch): return _quantize_scales(self, x, batch)
-    def assign(self, x): return _assign_scales(self, x)
+    def quantize(self, x, batch):
+        return _quantize_scales(self, x, batch)
+
+    def assign(self, x):
+        return _assign_scales(self, x)
 
     def lookup(self, codes):
-        coarse, fine = (_wide(part.lookup(c.reshape(-1, *self.code_shape[1:]))) for part, c in zip(self.parts, (codes[:, 0], codes[:, 1:])))
+        coarse, fine = (
+            _wide(part.lookup(c.reshape(-1, *self.code_shape[1:])))
+            for part, c in zip(self.parts, (codes[:, 0], codes[:, 1:]))
+        )
         up = _linear(self.up, coarse)
         return up + fine.reshape(up.shape)
 
-    def _merged(self, x, up): return _linear(self.merge, torch.cat([x.reshape(-1, self.dim), up.reshape(-1, self.dim)], 1))
-    def _codes(self, coarse, fine): return torch.cat([coarse[:, None], fine.reshape(-1, 4, *self.code_shape[1:])], 1)
+    def _merged(self, x, up):
+        return _linear(
+            self.merge, torch.cat([x.reshape(-1, self.dim), up.reshape(-1, self.dim)], 1)
+        )
+
+    def _codes(self, coarse, fine):
+        return torch.cat([coarse[:, None], fine.reshape(-1, 4, *self.code_shape[1:])], 1)
 
 # %% ../nbs/lib/02f_composed.ipynb #ee5345d9
-def _quantize_scales(self: MultiScaleQuantizer, x: Float[Tensor, "n cell"], batch: int) -> tuple[Float[Tensor, "n cell"], Int64[Tensor, "n 5 ..."], Float[Tensor, ""]]:
+def _quantize_scales(
+    self: MultiScaleQuantizer, x: Float[Tensor, "n cell"], batch: int
+) -> tuple[Float[Tensor, "n cell"], Int64[Tensor, "n 5 ..."], Float[Tensor, ""]]:
     top, bottom = self.parts
     q_top, coarse, loss_top = top.quantize(top.prepare(_linear(self.down, x)), batch)
     up = _linear(self.up, q_top)
     q, fine, loss = bottom.quantize(bottom.prepare(self._merged(x, up)), batch)
     return up + q.reshape(x.shape), self._codes(coarse, fine), (loss_top + loss) / 2
 
-def _assign_scales(self: MultiScaleQuantizer, x: Float[Tensor, "n cell"]) -> Int64[Tensor, "n 5 ..."]:
+
+def _assign_scales(
+    self: MultiScaleQuantizer, x: Float[Tensor, "n cell"]
+) -> Int64[Tensor, "n 5 ..."]:
     top, bottom = self.parts
     coarse = top.assign(top.prepare(_linear(self.down, x)))
     up = _linear(self.up, top.lookup(coarse).to(x.dtype))

@@ -29,13 +29,15 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     "Images in memory: `x` (n, 3, h, w) RGB bytes, `y` (n,) class indices or None, `classes` their names; `name` and `split` as read."
+
     x: UInt8[Tensor, "n 3 h w"]
     y: Int64[Tensor, "n"] | None
     classes: tuple[str, ...]
     name: str = ""
     split: str = ""
 
-    def __len__(self) -> int: return len(self.x)
+    def __len__(self) -> int:
+        return len(self.x)
 
     def __repr__(self) -> str:
         h, w = self.x.shape[2:]
@@ -45,30 +47,45 @@ class ImageSet:
 def _first(data: ImageSet, limit: int | None) -> ImageSet:
     "The first `limit` images; ValueError where there are fewer."
     _enough(limit, len(data), data.name, data.split)
-    if limit is None: return data
-    return replace(data, x=data.x[:limit].clone(), y=None if data.y is None else data.y[:limit].clone())
+    if limit is None:
+        return data
+    return replace(
+        data, x=data.x[:limit].clone(), y=None if data.y is None else data.y[:limit].clone()
+    )
+
 
 def _enough(limit: int | None, count: int, name: str, split: str) -> None:
     if limit is not None and limit > count:
         raise ValueError(f"limit = {limit} is too many: {name}/{split} holds {count} images")
 
 # %% ../nbs/lib/06_data.ipynb #1933d64a
-PHOTOS = {"astronaut": "skimage/data/astronaut.png", "chelsea": "skimage/data/chelsea.png",
-          "china": "sklearn/datasets/images/china.jpg", "coffee": "skimage/data/coffee.png",
-          "flower": "sklearn/datasets/images/flower.jpg", "hubble": "skimage/data/hubble_deep_field.jpg",
-          "rocket": "skimage/data/rocket.jpg"}
+PHOTOS = {
+    "astronaut": "skimage/data/astronaut.png",
+    "chelsea": "skimage/data/chelsea.png",
+    "china": "sklearn/datasets/images/china.jpg",
+    "coffee": "skimage/data/coffee.png",
+    "flower": "sklearn/datasets/images/flower.jpg",
+    "hubble": "skimage/data/hubble_deep_field.jpg",
+    "rocket": "skimage/data/rocket.jpg",
+}
+
 
 def photograph(name: str) -> UInt8[np.ndarray, "h w 3"]:
     "One photograph of `PHOTOS` as RGB bytes. Raises ValueError for another name, FileNotFoundError where its package is not installed."
-    if name not in PHOTOS: raise ValueError(f"photograph {name!r} is not one of {', '.join(PHOTOS)}")
+    if name not in PHOTOS:
+        raise ValueError(f"photograph {name!r} is not one of {', '.join(PHOTOS)}")
     package, path = PHOTOS[name].split("/", 1)
-    spec = find_spec(package)                      # finds the folder without the seconds that the import takes
+    spec = find_spec(package)  # finds the folder without the seconds that the import takes
     file = Path(spec.submodule_search_locations[0], path) if spec else Path(package, path)
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing; pip install scikit-image scikit-learn brings it")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; pip install scikit-image scikit-learn brings it"
+        )
     return np.array(Image.open(file).convert("RGB"))
 
 # %% ../nbs/lib/06_data.ipynb #f59adf36
 BLOCK = 100  # pixels; three patches of 32 or one of 64 fit in it, and the smallest photograph still has three test blocks
+
 
 def blocks(height: int, width: int, split: str) -> list[tuple[int, int]]:
     "Top left corners (row, column) in pixels of the blocks that belong to `split`, 'train' or 'test'."
@@ -76,58 +93,89 @@ def blocks(height: int, width: int, split: str) -> list[tuple[int, int]]:
     return [(r * BLOCK, c * BLOCK) for r, c in grid if ((r + 2 * c) % 5 == 2) == (split == "test")]
 
 # %% ../nbs/lib/06_data.ipynb #f8c8d996
-def patches(image: Shaped[np.ndarray, "h w c"], split: str, size: int, count: int) -> Shaped[np.ndarray, "n s s c"]:
+def patches(
+    image: Shaped[np.ndarray, "h w c"], split: str, size: int, count: int
+) -> Shaped[np.ndarray, "n s s c"]:
     "`count` square patches of `size` pixels from the blocks of `split`, always the same ones, in random order."
     offsets = range(0, BLOCK - size + 1, 4)
-    corners = [(top + i, left + j) for top, left in blocks(*image.shape[:2], split) for i in offsets for j in offsets]
+    corners = [
+        (top + i, left + j)
+        for top, left in blocks(*image.shape[:2], split)
+        for i in offsets
+        for j in offsets
+    ]
     chosen = np.random.RandomState(0).permutation(len(corners))[:count]
-    return np.stack([image[t:t + size, l:l + size] for t, l in (corners[i] for i in chosen)])
+    return np.stack([image[t : t + size, l : l + size] for t, l in (corners[i] for i in chosen)])
 
 # %% ../nbs/lib/06_data.ipynb #2a5830a8
 _COUNT = {"train": 320, "test": 64}  # patches of one photograph
 
+
 def photos(split: str, size: int = 32) -> ImageSet:
     "Patches of `size` pixels (8 to 64) of seven photographs, labelled by photograph: 2,240 for training, 448 for testing."
-    if not 8 <= size <= 64: raise ValueError(f"size = {size} is not possible for photos: 8 to 64 are")
-    each = np.stack([patches(photograph(name), split, size, _COUNT[split]) for name in PHOTOS], axis=1)
+    if not 8 <= size <= 64:
+        raise ValueError(f"size = {size} is not possible for photos: 8 to 64 are")
+    each = np.stack(
+        [patches(photograph(name), split, size, _COUNT[split]) for name in PHOTOS], axis=1
+    )
     x = torch.from_numpy(each.reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy())
-    return ImageSet(x, torch.arange(len(PHOTOS)).repeat(_COUNT[split]), tuple(PHOTOS), "photos", split)
+    return ImageSet(
+        x, torch.arange(len(PHOTOS)).repeat(_COUNT[split]), tuple(PHOTOS), "photos", split
+    )
 
 # %% ../nbs/lib/06_data.ipynb #c17835e4
 FACE = 140 / 178  # share of CelebA's width that SQ-VAE's crop keeps
 
-def picture(data: bytes, size: int | None = None, share: float | None = None) -> UInt8[np.ndarray, "3 h w"]:
+
+def picture(
+    data: bytes, size: int | None = None, share: float | None = None
+) -> UInt8[np.ndarray, "3 h w"]:
     "Decode one image file to RGB; cut the centre square (its side the shorter one, or `share` of the width) and resize it to `size`."
     image = Image.open(io.BytesIO(data))
-    if image.mode[0] in "IF": raise ValueError(f"{image.mode} pixels do not fit into bytes")  # Pillow would clip them
+    if image.mode[0] in "IF":
+        raise ValueError(f"{image.mode} pixels do not fit into bytes")  # Pillow would clip them
     image = image.convert("RGB")
-    if size is not None: image = _square(image, size, share)
+    if size is not None:
+        image = _square(image, size, share)
     return np.asarray(image).transpose(2, 0, 1)
+
 
 def _square(image: Image.Image, size: int, share: float | None) -> Image.Image:
     w, h = image.size
     side = min(w, h) if share is None else min(w * share, h)
     left, top = (w - side) / 2, (h - side) / 2
     x, y = int(left), int(top)
-    if side == size: return image.crop((x, y, x + size, y + size))
-    around = image.crop((x, y, ceil(left + side), ceil(top + side)))  # or the filter would look outside the box
-    return around.resize((size, size), Image.Resampling.BILINEAR, box=(left - x, top - y, left - x + side, top - y + side))
+    if side == size:
+        return image.crop((x, y, x + size, y + size))
+    around = image.crop(
+        (x, y, ceil(left + side), ceil(top + side))
+    )  # or the filter would look outside the box
+    return around.resize(
+        (size, size),
+        Image.Resampling.BILINEAR,
+        box=(left - x, top - y, left - x + side, top - y + side),
+    )
 
 # %% ../nbs/lib/06_data.ipynb #54849a98
 class Row(NamedTuple):
     "One image before decoding: the place to name in an error, its bytes (or its file), its class index or None."
+
     place: str
     data: bytes | Path
     label: int | None = None
 
+
 class Contents(NamedTuple):
     "What a source holds: the number of rows, the class names (empty where none are known), and the rows, read as they are asked for."
+
     count: int
     classes: tuple[str, ...]
     rows: Iterator[Row]
 
+
 class Source(NamedTuple):
     "A split found on disk: set, split as its layout calls it, folder, files, how to read them, and classes that only folders name."
+
     name: str
     split: str
     folder: Path
@@ -135,19 +183,31 @@ class Source(NamedTuple):
     read: Callable[["Source"], Contents]
     classes: tuple[str, ...] = ()
 
-SPLITS = {"train": ("train",), "test": ("test", "valid", "validation", "val")}  # evaluation uses the first there is
+
+SPLITS = {
+    "train": ("train",),
+    "test": ("test", "valid", "validation", "val"),
+}  # evaluation uses the first there is
 
 # %% ../nbs/lib/06_data.ipynb #4aa97d9e
 def verify(file: Path) -> None:
     "Compare `file` with every SHA256SUMS beside or above it that lists it; raises ValueError where they differ."
     for folder in file.parents:
         sums = folder / "SHA256SUMS"
-        if not sums.is_file(): continue
-        listed = {path: digest for digest, path in re.findall(r"(?m)^([0-9a-f]{64}) [ *](?:\./)?(.+)$", sums.read_text())}
+        if not sums.is_file():
+            continue
+        listed = {
+            path: digest
+            for digest, path in re.findall(
+                r"(?m)^([0-9a-f]{64}) [ *](?:\./)?(.+)$", sums.read_text()
+            )
+        }
         wanted = listed.get(file.relative_to(folder).as_posix())
         with file.open("rb") as stream:
             if wanted and hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
-                raise ValueError(f"{file} has another checksum than {sums} lists: it is damaged or incomplete; get it again")
+                raise ValueError(
+                    f"{file} has another checksum than {sums} lists: it is damaged or incomplete; get it again"
+                )
 
 # %% ../nbs/lib/06_data.ipynb #0dc2eb81
 def find_parquet(root: Path, name: str, split: str) -> Source | None:
@@ -157,21 +217,29 @@ def find_parquet(root: Path, name: str, split: str) -> Source | None:
             files = tuple(sorted(folder.glob(f"{word}-*.parquet")))
             numbered = re.search(r"-of-(\d+)", files[0].name) if files else None
             if numbered and len(files) != int(numbered[1]):
-                raise ValueError(f"{folder}: {len(files)} files {word}-*.parquet, but their names say {int(numbered[1])}")
-            if files: return Source(name, word, folder, files, read_parquet)
+                raise ValueError(
+                    f"{folder}: {len(files)} files {word}-*.parquet, but their names say {int(numbered[1])}"
+                )
+            if files:
+                return Source(name, word, folder, files, read_parquet)
 
 # %% ../nbs/lib/06_data.ipynb #b152763d
 def _parquet(file: Path):
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    try: return ParquetFile(file, page_checksum_verification=True)
-    except (ArrowException, OSError) as error: raise ValueError(f"{file} is truncated or is no Parquet file: {error}") from error
+
+    try:
+        return ParquetFile(file, page_checksum_verification=True)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{file} is truncated or is no Parquet file: {error}") from error
+
 
 def _columns(file: Path) -> tuple[str, bool, tuple[str, ...]]:
     "The image column's name, whether there are labels, and the class names."
     schema = _parquet(file).schema_arrow
     column = next((c for c in ("image", "img") if c in schema.names), None)
-    if column is None: raise ValueError(f"{file} has no column image or img; it has {', '.join(schema.names)}")
+    if column is None:
+        raise ValueError(f"{file} has no column image or img; it has {', '.join(schema.names)}")
     kind = schema.field(column).type
     if "bytes" not in [kind.field(i).name for i in range(kind.num_fields)]:
         raise ValueError(f"{file}: column {column} must be a struct {{bytes, path}}; it is {kind}")
@@ -185,19 +253,25 @@ def read_parquet(source: Source) -> Contents:
     first, *others = source.files
     column, labelled, classes = _columns(first)
     for file in others:
-        if _columns(file) != (column, labelled, classes): raise ValueError(f"{file} has other columns or classes than {first}")
+        if _columns(file) != (column, labelled, classes):
+            raise ValueError(f"{file} has other columns or classes than {first}")
     count = sum(_parquet(file).metadata.num_rows for file in source.files)
-    return Contents(count, classes, _parquet_rows(source.files, [column, "label"] if labelled else [column]))
+    return Contents(
+        count, classes, _parquet_rows(source.files, [column, "label"] if labelled else [column])
+    )
+
 
 def _parquet_rows(files: tuple[Path, ...], columns: list[str]) -> Iterator[Row]:
     from pyarrow import ArrowException
+
     for file in files:
         verify(file)
         number = 0
         try:
             for batch in _parquet(file).iter_batches(256, columns=columns):
                 for image, *label in zip(*(batch.column(c).to_pylist() for c in columns)):
-                    if label == [None]: raise ValueError(f"{file}, row {number}: the label is missing")
+                    if label == [None]:
+                        raise ValueError(f"{file}, row {number}: the label is missing")
                     yield Row(f"{file}, row {number}", (image or {}).get("bytes") or b"", *label)
                     number += 1
         except (ArrowException, OSError) as error:
@@ -207,67 +281,109 @@ def _parquet_rows(files: tuple[Path, ...], columns: list[str]) -> Iterator[Row]:
 def find_cifar10(root: Path, name: str, split: str) -> Source | None:
     "CIFAR-10's Python batches under `root`, or None."
     folder = root / "cifar-10-batches-py"
-    if name != "cifar10" or not folder.is_dir(): return None
+    if name != "cifar10" or not folder.is_dir():
+        return None
     files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
     return Source(name, split, folder, tuple(folder / file for file in files), read_cifar10)
+
 
 def read_cifar10(source: Source) -> Contents:
     "Rows of CIFAR-10's batches, read by torchvision. Raises ValueError naming a file that is missing or has another checksum."
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
-    sums = dict(CIFAR10.train_list + CIFAR10.test_list) | {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
+
+    sums = dict(CIFAR10.train_list + CIFAR10.test_list) | {
+        CIFAR10.meta["filename"]: CIFAR10.meta["md5"]
+    }
     for file in source.files:
-        if not check_integrity(file, sums[file.name]): raise ValueError(f"{file} is missing or has a wrong checksum")
+        if not check_integrity(file, sums[file.name]):
+            raise ValueError(f"{file} is missing or has a wrong checksum")
     data = CIFAR10(source.folder.parent, train=source.split == "train")
-    rows = (Row(f"{source.folder}, {source.split} image {i}", b"P6 32 32 255\n" + pixels.tobytes(), label)  # a PPM file
-            for i, (pixels, label) in enumerate(zip(data.data, data.targets)))
+    rows = (
+        Row(
+            f"{source.folder}, {source.split} image {i}",
+            b"P6 32 32 255\n" + pixels.tobytes(),
+            label,
+        )  # a PPM file
+        for i, (pixels, label) in enumerate(zip(data.data, data.targets))
+    )
     return Contents(len(data), tuple(data.classes), rows)
 
 # %% ../nbs/lib/06_data.ipynb #fcee0324
 def find_celeba(root: Path, name: str, split: str) -> Source | None:
     "CelebA's aligned faces as torchvision keeps them, or None. Raises ValueError for a partition file that cannot be read."
     folder, parts = root / name / "img_align_celeba", root / name / "list_eval_partition.txt"
-    if not folder.is_dir() or not parts.is_file(): return None
+    if not folder.is_dir() or not parts.is_file():
+        return None
     wanted, files = {"train": "0", "test": "2"}[split], []
     for number, line in enumerate(parts.read_text().splitlines(), 1):
         match line.split():
-            case [file, "0" | "1" | "2" as part]: files += [folder / file] if part == wanted else []
-            case _: raise ValueError(f"{parts}, line {number}: expected a file name and 0, 1 or 2, got {line!r}")
+            case [file, "0" | "1" | "2" as part]:
+                files += [folder / file] if part == wanted else []
+            case _:
+                raise ValueError(
+                    f"{parts}, line {number}: expected a file name and 0, 1 or 2, got {line!r}"
+                )
     return Source(name, split, folder, tuple(files), read_faces)
+
 
 def read_faces(source: Source) -> Contents:
     "Rows of CelebA's single files, without labels."
     return Contents(len(source.files), (), (Row(str(file), file) for file in source.files))
 
 # %% ../nbs/lib/06_data.ipynb #25f9087e
-IMAGES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
+IMAGES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}  # as torchvision's ImageFolder
+
 
 def find_folder(root: Path, name: str, split: str) -> Source | None:
     "Class folders `<name>/<split>/<class>/`, their pictures in an order that makes any prefix fair; or None."
     for word in SPLITS[split]:
         folder, train = root / name / word, root / name / "train"
-        files = [f for f in folder.glob("*/**/*") if f.suffix.lower() in IMAGES and not f.name.startswith(".")]
+        files = [
+            f
+            for f in folder.glob("*/**/*")
+            if f.suffix.lower() in IMAGES and not f.name.startswith(".")
+        ]
         files.sort(key=lambda f: hashlib.sha256(f.relative_to(folder).as_posix().encode()).digest())
-        classes = sorted(c.name for c in (train if train.is_dir() else folder).glob("*") if c.is_dir())
-        if files: return Source(name, word, folder, tuple(files), read_folder, tuple(classes))
+        classes = sorted(
+            c.name for c in (train if train.is_dir() else folder).glob("*") if c.is_dir()
+        )
+        if files:
+            return Source(name, word, folder, tuple(files), read_folder, tuple(classes))
+
 
 def read_folder(source: Source) -> Contents:
     "Rows of class folders. Raises ValueError for a class that the training folder lacks."
     owners = [file.relative_to(source.folder).parts[0] for file in source.files]
     if unknown := sorted(set(owners) - set(source.classes)):
         raise ValueError(f"{source.folder / unknown[0]}: the training folder has no such class")
-    rows = (Row(str(file), file, source.classes.index(owner)) for file, owner in zip(source.files, owners))
+    rows = (
+        Row(str(file), file, source.classes.index(owner))
+        for file, owner in zip(source.files, owners)
+    )
     return Contents(len(source.files), source.classes, rows)
 
 # %% ../nbs/lib/06_data.ipynb #f70079e1
 LAYOUTS = (find_parquet, find_cifar10, find_celeba, find_folder)
 FACES = ("celeba", "celeba10k")
 
+
 def find(root: Path, name: str, split: str) -> Source | None:
     "The first layout under `root` that holds the split, or None."
     for folder in FACES if name == "celeba" else (name,):
         for layout in LAYOUTS:
-            if source := layout(root, folder, split): return source
+            if source := layout(root, folder, split):
+                return source
 
 # %% ../nbs/lib/06_data.ipynb #9d51bf02
 def decode(source: Source, size: int | None = None, limit: int | None = None) -> ImageSet:
@@ -275,77 +391,142 @@ def decode(source: Source, size: int | None = None, limit: int | None = None) ->
     count, classes, rows = source.read(source)
     _enough(limit, count, source.name, source.split)
     count = limit or count
-    if not count: raise ValueError(f"{source.name}/{source.split} holds no image: {source.folder}")
+    if not count:
+        raise ValueError(f"{source.name}/{source.split} holds no image: {source.folder}")
     share = FACE if source.name in FACES else None
     x, y, workers = None, [], os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         while run := list(islice(rows, min(64 * workers, count - len(y)))):
-            parts = pool.map(lambda start: [_picture(row, size, share) for row in run[start:start + 64]], range(0, len(run), 64))
+            parts = pool.map(
+                lambda start: [_picture(row, size, share) for row in run[start : start + 64]],
+                range(0, len(run), 64),
+            )
             for row, pixels in zip(run, chain.from_iterable(parts)):
-                if x is None: x = np.empty((count, *pixels.shape), np.uint8)
+                if x is None:
+                    x = np.empty((count, *pixels.shape), np.uint8)
                 if pixels.shape != x.shape[1:]:
-                    raise ValueError(f"{row.place} is {pixels.shape[1:]} pixels and the first image {x.shape[2:]}: give a size")
+                    raise ValueError(
+                        f"{row.place} is {pixels.shape[1:]} pixels and the first image {x.shape[2:]}: give a size"
+                    )
                 x[len(y)] = pixels
                 y.append(_label(row, classes))
-    return ImageSet(torch.from_numpy(x), None if y[0] is None else torch.tensor(y), classes, source.name, source.split)
+    return ImageSet(
+        torch.from_numpy(x),
+        None if y[0] is None else torch.tensor(y),
+        classes,
+        source.name,
+        source.split,
+    )
 
 # %% ../nbs/lib/06_data.ipynb #2cbafba5
 def _picture(row: Row, size: int | None, share: float | None) -> np.ndarray:
-    try: return picture(row.data.read_bytes() if isinstance(row.data, Path) else row.data, size, share)
-    except Exception as error:   # Pillow has no common kind of error for what may be wrong with a file
+    try:
+        return picture(
+            row.data.read_bytes() if isinstance(row.data, Path) else row.data, size, share
+        )
+    except (
+        Exception
+    ) as error:  # Pillow has no common kind of error for what may be wrong with a file
         raise ValueError(f"{row.place}: the image cannot be decoded: {error}") from error
 
+
 def _label(row: Row, classes: tuple[str, ...]) -> int | None:
-    if row.label is not None and not (isinstance(row.label, int) and 0 <= row.label < (len(classes) or 2**63)):
-        raise ValueError(f"{row.place}: label {row.label!r} is out of range: 0 to {len(classes) - 1} are the classes")
+    if row.label is not None and not (
+        isinstance(row.label, int) and 0 <= row.label < (len(classes) or 2**63)
+    ):
+        raise ValueError(
+            f"{row.place}: label {row.label!r} is out of range: 0 to {len(classes) - 1} are the classes"
+        )
     return row.label
 
 # %% ../nbs/lib/06_data.ipynb #92191a98
 FORMAT = 1  # of the cache; a new number makes every older file unused
 
+
 def cache_folder() -> Path:
     "$VQSTUDY_CACHE; else `data/cache` of the checkout that the current folder lies in; else `~/.cache/vqstudy`."
-    if given := os.environ.get("VQSTUDY_CACHE"): return Path(given).expanduser()
+    if given := os.environ.get("VQSTUDY_CACHE"):
+        return Path(given).expanduser()
     for folder in (Path.cwd(), *Path.cwd().parents):
         settings = folder / "settings.ini"
-        if settings.is_file() and re.search(r"(?m)^lib_name\s*=\s*vqstudy\s*$", settings.read_text()): return folder / "data" / "cache"
+        if settings.is_file() and re.search(
+            r"(?m)^lib_name\s*=\s*vqstudy\s*$", settings.read_text()
+        ):
+            return folder / "data" / "cache"
     return Path.home() / ".cache" / "vqstudy"
+
 
 def cache_file(source: Source, size: int | None, limit: int | None) -> Path:
     "Where the decoded rows of `source` are kept. Raises FileNotFoundError naming a source file that is missing."
-    files = [(file.relative_to(source.folder).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns) for file in source.files]
-    key = json.dumps([FORMAT, source.read.__name__, str(source.folder.absolute()), source.classes, size, limit, files])
+    files = [
+        (file.relative_to(source.folder).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns)
+        for file in source.files
+    ]
+    key = json.dumps(
+        [
+            FORMAT,
+            source.read.__name__,
+            str(source.folder.absolute()),
+            source.classes,
+            size,
+            limit,
+            files,
+        ]
+    )
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return cache_folder() / f"{source.name}-{source.split}-{size or 'native'}-{limit or 'all'}-{digest}.npz"
+    return (
+        cache_folder()
+        / f"{source.name}-{source.split}-{size or 'native'}-{limit or 'all'}-{digest}.npz"
+    )
 
 # %% ../nbs/lib/06_data.ipynb #f2959604
 def save(file: Path, data: ImageSet) -> None:
     "Write `data` to `file`, whole or not at all."
-    about = json.dumps({"classes": data.classes, "name": data.name, "split": data.split, "labelled": data.y is not None})
+    about = json.dumps(
+        {
+            "classes": data.classes,
+            "name": data.name,
+            "split": data.split,
+            "labelled": data.y is not None,
+        }
+    )
     y = torch.empty(0, dtype=torch.int64) if data.y is None else data.y
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{uuid4().hex}.part")
     try:
-        with part.open("wb") as stream: np.savez(stream, x=data.x.numpy(), y=y.numpy(), about=about)
+        with part.open("wb") as stream:
+            np.savez(stream, x=data.x.numpy(), y=y.numpy(), about=about)
         part.replace(file)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def load(file: Path) -> ImageSet | None:
     "Read what `save` wrote; None where there is nothing, or (with a warning) nothing whole."
-    if not file.is_file(): return None
+    if not file.is_file():
+        return None
     try:
-        with np.load(file) as kept: x, y, about = (kept[part] for part in ("x", "y", "about"))
+        with np.load(file) as kept:
+            x, y, about = (kept[part] for part in ("x", "y", "about"))
         about = json.loads(str(about))
         y = torch.from_numpy(y) if about["labelled"] else None
-        return ImageSet(torch.from_numpy(x), y, tuple(about["classes"]), about["name"], about["split"])
-    except Exception as error:   # a damaged archive fails in many ways
+        return ImageSet(
+            torch.from_numpy(x), y, tuple(about["classes"]), about["name"], about["split"]
+        )
+    except Exception as error:  # a damaged archive fails in many ways
         warnings.warn(f"{file} is damaged and will be made again ({error})")
         file.unlink(missing_ok=True)
 
 # %% ../nbs/lib/06_data.ipynb #b2420541
-DOWNLOADS = {"cifar10": "CIFAR10", "celeba": "CelebA"}  # what torchvision fetches itself, and its names for them
+DOWNLOADS = {
+    "cifar10": "CIFAR10",
+    "celeba": "CelebA",
+}  # what torchvision fetches itself, and its names for them
 
-def images(name: str, split: str, size: int | None = None, limit: int | None = None, download: bool = False) -> ImageSet:
+
+def images(
+    name: str, split: str, size: int | None = None, limit: int | None = None, download: bool = False
+) -> ImageSet:
     """A set of images in memory: `photos`, or a folder under $VQSTUDY_DATA; decoded once, then read from the cache.
 
     `split` is 'train' or 'test'; the test split is the first there is of test, valid, validation. `size` is in pixels; by default
@@ -354,12 +535,16 @@ def images(name: str, split: str, size: int | None = None, limit: int | None = N
     Raises FileNotFoundError for a set that is not there, ValueError for damaged data (naming file and row) and wrong arguments.
     """
     _check(name, split, size, limit)
-    if name == "photos": return _first(photos(split, 32 if size is None else size), limit)
+    if name == "photos":
+        return _first(photos(split, 32 if size is None else size), limit)
     source = _source(name, split, download)
-    if size is None and source.name in FACES: size = 64
-    if (data := load(cache_file(source, size, None))) is not None: return _first(data, limit)
-    file = cache_file(source, size, limit)     # a short run decodes no more than it needs
-    if limit is not None and (data := load(file)) is not None: return data
+    if size is None and source.name in FACES:
+        size = 64
+    if (data := load(cache_file(source, size, None))) is not None:
+        return _first(data, limit)
+    file = cache_file(source, size, limit)  # a short run decodes no more than it needs
+    if limit is not None and (data := load(file)) is not None:
+        return data
     data = decode(source, size, limit)
     save(file, data)
     return data
@@ -367,33 +552,61 @@ def images(name: str, split: str, size: int | None = None, limit: int | None = N
 # %% ../nbs/lib/06_data.ipynb #b015140f
 def _check(name: str, split: str, size: int | None, limit: int | None) -> None:
     for argument, value in (("name", name), ("split", split)):
-        if not isinstance(value, str): raise TypeError(f"{argument} must be a string, got {value!r}")
+        if not isinstance(value, str):
+            raise TypeError(f"{argument} must be a string, got {value!r}")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"name {name!r} is no set: 'photos' is one, and every folder under $VQSTUDY_DATA")
-    if split not in SPLITS: raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        raise ValueError(
+            f"name {name!r} is no set: 'photos' is one, and every folder under $VQSTUDY_DATA"
+        )
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     for argument, value in (("size", size), ("limit", limit)):
-        if type(value) not in (int, type(None)): raise TypeError(f"{argument} must be an int or None, got {value!r}")
-        if value is not None and value < 1: raise ValueError(f"{argument} must be at least 1, got {value}")
+        if type(value) not in (int, type(None)):
+            raise TypeError(f"{argument} must be an int or None, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")
+
 
 def _source(name: str, split: str, download: bool) -> Source:
     if not (given := os.environ.get("VQSTUDY_DATA")):
-        raise FileNotFoundError(f"{name} needs files: set VQSTUDY_DATA to the folder that holds image sets (only photos needs none)")
+        raise FileNotFoundError(
+            f"{name} needs files: set VQSTUDY_DATA to the folder that holds image sets (only photos needs none)"
+        )
     root = Path(given).expanduser()
-    if source := find(root, name, split): return source
+    if source := find(root, name, split):
+        return source
     if download and name in DOWNLOADS:
         from torchvision import datasets
+
         getattr(datasets, DOWNLOADS[name])(root, download=True)
-        if source := find(root, name, split): return source
+        if source := find(root, name, split):
+            return source
     raise FileNotFoundError(_missing(root, name, split))
 
 # %% ../nbs/lib/06_data.ipynb #5cf4b070
 def _missing(root: Path, name: str, split: str) -> str:
     words = "|".join(SPLITS[split])
     places = [f"{name}/[data/]<{words}>-*.parquet", f"{name}/<{words}>/<class>/*.jpg"]
-    if name == "cifar10": places[1:1] = ["cifar-10-batches-py/"]
-    if name == "celeba": places[1:] = ["celeba/img_align_celeba/ with celeba/list_eval_partition.txt", places[1], f"the same for {FACES[1]}"]
-    command = (f"""python -c "from vqstudy.data import images; images('{name}', '{split}', download=True)\"""" if name in DOWNLOADS else
-               f"hf download OWNER/SET --repo-type dataset --local-dir {root / name}, where OWNER/SET is its name on the Hugging Face hub")
-    sets = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else ["no such folder"]
-    return (f"{name}/{split} is not under $VQSTUDY_DATA = {root}. Looked for:\n  " + "\n  ".join(places)
-            + f"\nTo get it: {command}\nThere are: photos, {', '.join(sets)}")
+    if name == "cifar10":
+        places[1:1] = ["cifar-10-batches-py/"]
+    if name == "celeba":
+        places[1:] = [
+            "celeba/img_align_celeba/ with celeba/list_eval_partition.txt",
+            places[1],
+            f"the same for {FACES[1]}",
+        ]
+    command = (
+        f"""python -c "from vqstudy.data import images; images('{name}', '{split}', download=True)\""""
+        if name in DOWNLOADS
+        else f"hf download OWNER/SET --repo-type dataset --local-dir {root / name}, where OWNER/SET is its name on the Hugging Face hub"
+    )
+    sets = (
+        sorted(p.name for p in root.iterdir() if p.is_dir())
+        if root.is_dir()
+        else ["no such folder"]
+    )
+    return (
+        f"{name}/{split} is not under $VQSTUDY_DATA = {root}. Looked for:\n  "
+        + "\n  ".join(places)
+        + f"\nTo get it: {command}\nThere are: photos, {', '.join(sets)}"
+    )

@@ -14,14 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 # %% ../nbs/lib/01_estimators.ipynb #d17dce04
-Rule = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]], tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]
+Rule = Callable[
+    [Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]],
+    tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]],
+]
 
 # %% ../nbs/lib/01_estimators.ipynb #158af3a3
 class _Estimate(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.vmap goes through both passes
 
     @staticmethod
-    def forward(z, q, rule): return q.clone()
+    def forward(z, q, rule):
+        return q.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -40,19 +44,25 @@ def straight_through(z, q, g):
     "g to z, nothing to q: the quantizer is passed as if it were not there (Bengio et al. 2013)."
     return g, _nothing(g)
 
+
 def _nothing(g: Tensor) -> Tensor:
     "Zeros of the shape of g that take no memory."
     return g.new_zeros(()).expand_as(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #eb336ec1
-def estimate(z: Float[Tensor, "... d"], q: Float[Tensor, "... d"], rule: Rule = straight_through) -> Float[Tensor, "... d"]:
+def estimate(
+    z: Float[Tensor, "... d"], q: Float[Tensor, "... d"], rule: Rule = straight_through
+) -> Float[Tensor, "... d"]:
     """q, bit for bit, with the gradient that `rule(z, q, g) -> (grad_z, grad_q)` makes of g = dL/dq.
 
     z and q have the same shape, dtype and device; the rule sees them as (n, d), at least in float32. Raises ValueError where they differ.
     """
-    if not callable(rule): raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
+    if not callable(rule):
+        raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
     if z.shape != q.shape or z.dtype != q.dtype or z.device != q.device:
-        raise ValueError(f"z and q must agree in shape, dtype and device, got {tuple(z.shape)} {z.dtype} {z.device} and {tuple(q.shape)} {q.dtype} {q.device}")
+        raise ValueError(
+            f"z and q must agree in shape, dtype and device, got {tuple(z.shape)} {z.dtype} {z.device} and {tuple(q.shape)} {q.dtype} {q.device}"
+        )
     return _Estimate.apply(z, q, rule)
 
 # %% ../nbs/lib/01_estimators.ipynb #2e782642
@@ -60,15 +70,19 @@ def none(z, q, g):
     "Nothing to z, g to q: the code vectors alone learn from the task."
     return _nothing(g), g
 
+
 def full(z, q, g):
     "g to both."
     return g, g
+
 
 def synchronized(nu: float = 1.0) -> Rule:
     "Rule: g to z, nu g to q (Huh et al. 2023, section 4.3: z + sg(q - z) + nu (q - sg q))."
     return partial(_synchronized, nu=nu)  # a partial, unlike a closure, can be pickled
 
-def _synchronized(z, q, g, nu): return g, nu * g
+
+def _synchronized(z, q, g, nu):
+    return g, nu * g
 
 # %% ../nbs/lib/01_estimators.ipynb #85ee0fa0
 def _directions(z: Float[Tensor, "n d"], q: Float[Tensor, "n d"]):
@@ -77,11 +91,16 @@ def _directions(z: Float[Tensor, "n d"], q: Float[Tensor, "n d"]):
     there = (nz > 0) & (nq > 0)
     return z / nz.where(there, torch.ones_like(nz)), q / nq.where(there, torch.ones_like(nq)), there
 
+
 def _half_way(e: Float[Tensor, "n d"], u: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     "The unit vector w between e and u; where u = -e, some unit vector at a right angle to e."
     w, v = e + u, e - u
     # near u = -e, e + u is mostly rounding: what lies along e - u does not belong to w
-    w = torch.where((e * u).sum(1, keepdim=True) < 0, w - v * (v * w).sum(1, keepdim=True) / v.pow(2).sum(1, keepdim=True).clamp_min(1), w)
+    w = torch.where(
+        (e * u).sum(1, keepdim=True) < 0,
+        w - v * (v * w).sum(1, keepdim=True) / v.pow(2).sum(1, keepdim=True).clamp_min(1),
+        w,
+    )
     axis = torch.zeros_like(e).scatter(1, e.abs().argmin(1, keepdim=True), 1.0)
     across = axis - e * (e * axis).sum(1, keepdim=True)
     w = torch.where(w.norm(dim=1, keepdim=True) > 16 * torch.finfo(e.dtype).eps, w, across)
@@ -90,13 +109,19 @@ def _half_way(e: Float[Tensor, "n d"], u: Float[Tensor, "n d"]) -> Float[Tensor,
 # %% ../nbs/lib/01_estimators.ipynb #c68cb35c
 def _gamma(scale: str, z, q) -> Float[Tensor, "n 1"]:
     "The factor before the turned gradient, at most 1e6."
-    if scale == "unit": return torch.ones_like(z[:, :1])
-    if scale == "norm": factor = q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
-    else: factor = 1 / (8 * (q - z).pow(2).sum(1, keepdim=True))
+    if scale == "unit":
+        return torch.ones_like(z[:, :1])
+    if scale == "norm":
+        factor = q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
+    else:
+        factor = 1 / (8 * (q - z).pow(2).sum(1, keepdim=True))
     return factor.nan_to_num(1.0, posinf=1e6).clamp(max=1e6)
 
+
 def _check_scale(scale: str) -> None:
-    if scale not in ("norm", "unit", "distance"): raise ValueError(f"scale must be 'norm', 'unit' or 'distance', got {scale!r}")
+    if scale not in ("norm", "unit", "distance"):
+        raise ValueError(f"scale must be 'norm', 'unit' or 'distance', got {scale!r}")
+
 
 def rotation(scale: str = "norm", project: bool = False) -> Rule:
     """Rule: gamma R^T g to z, R the rotation that takes z's direction to q's (Fifty et al. 2024, section 4.2 and A.9).
@@ -107,12 +132,17 @@ def rotation(scale: str = "norm", project: bool = False) -> Rule:
     _check_scale(scale)
     return partial(_rotation, scale=scale, project=project)
 
+
 def _rotation(z, q, g, scale, project):
     e, u, there = _directions(z, q)
     w = _half_way(e, u)
-    turned = g - 2 * w * (w * g).sum(1, keepdim=True) + 2 * e * (u * g).sum(1, keepdim=True)  # R^T g
-    if z.shape[1] == 1: turned = g  # on a line there is nothing to turn about
-    if project: turned = turned - e * (e * turned).sum(1, keepdim=True)
+    turned = (
+        g - 2 * w * (w * g).sum(1, keepdim=True) + 2 * e * (u * g).sum(1, keepdim=True)
+    )  # R^T g
+    if z.shape[1] == 1:
+        turned = g  # on a line there is nothing to turn about
+    if project:
+        turned = turned - e * (e * turned).sum(1, keepdim=True)
     return torch.where(there, _gamma(scale, z, q) * turned, g), _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #4168e282
@@ -124,54 +154,75 @@ def reflection(scale: str = "norm") -> Rule:
     _check_scale(scale)
     return partial(_reflection, scale=scale)
 
+
 def _reflection(z, q, g, scale):
     e, u, there = _directions(z, q)
     r = e - u
     length = r.norm(dim=1, keepdim=True)
-    r = torch.where(length > 16 * torch.finfo(r.dtype).eps, r / length.clamp_min(torch.finfo(r.dtype).tiny), torch.zeros_like(r))
-    return torch.where(there, _gamma(scale, z, q) * (g - 2 * r * (r * g).sum(1, keepdim=True)), g), _nothing(g)
+    r = torch.where(
+        length > 16 * torch.finfo(r.dtype).eps,
+        r / length.clamp_min(torch.finfo(r.dtype).tiny),
+        torch.zeros_like(r),
+    )
+    return torch.where(
+        there, _gamma(scale, z, q) * (g - 2 * r * (r * g).sum(1, keepdim=True)), g
+    ), _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #71631de4
 LossAt = Callable[[Float[Tensor, "n d"]], Float[Tensor, ""]]
 
+
 def exact(loss_at: LossAt) -> Rule:
     "Rule: the gradient of `loss_at` at z, to z (Fifty et al. 2024, section 3: exact gradients); `loss_at` is the task's loss of the vectors (n, d)."
     return partial(_exact, loss_at=loss_at)
+
 
 def _exact(z, q, g, loss_at):
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         return torch.autograd.grad(loss_at(leaf), leaf)[0], _nothing(g)
 
+
 def hessian(loss_at: LossAt) -> Rule:
     "Rule: g + H (z - q) to z, H the Hessian of `loss_at` at q (Fifty et al. 2024, section 3); one Hessian-vector product, no matrix."
     return partial(_hessian, loss_at=loss_at)
+
 
 def _hessian(z, q, g, loss_at):
     with torch.enable_grad():
         leaf = q.detach().requires_grad_()
         slope = torch.autograd.grad(loss_at(leaf), leaf, create_graph=True)[0]
-        if slope.requires_grad: slope = torch.autograd.grad(slope, leaf, z - q, allow_unused=True)[0]
-        else: slope = None  # a loss without curvature
+        if slope.requires_grad:
+            slope = torch.autograd.grad(slope, leaf, z - q, allow_unused=True)[0]
+        else:
+            slope = None  # a loss without curvature
     return g if slope is None else g + slope, _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #8fe832f0
 Perturbation = Callable[[Float[Tensor, "n d"], Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+
 
 def _towards(z, q, v):
     "z + |q - z| v / |v|, the direction held constant; the length has gradient 0 where q = z."
     error = q - z
     square = error.pow(2).sum(1, keepdim=True)
     length = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
-    return z + length * (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)).detach()
+    return (
+        z + length * (v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)).detach()
+    )
+
 
 def noise_substitution(z, q):
     "z moved by |q - z| in a random direction (Vali and Baeckstroem 2022, NSVQ)."
     return _towards(z, q, torch.randn_like(z))
 
+
 def directional_noise(variance: float = 1e-3) -> Perturbation:
     "Perturbation: z moved by |q - z| in the direction of q - z plus noise of that variance (Vali et al. 2026, DiVeQ; their code takes its 1e-3 as the deviation)."
-    if not variance >= 0: raise ValueError(f"variance must not be negative, got {variance}")
+    if not variance >= 0:
+        raise ValueError(f"variance must not be negative, got {variance}")
     return partial(_directional_noise, variance=variance)
 
-def _directional_noise(z, q, variance): return _towards(z, q, (q - z).detach() + variance ** 0.5 * torch.randn_like(z))
+
+def _directional_noise(z, q, variance):
+    return _towards(z, q, (q - z).detach() + variance**0.5 * torch.randn_like(z))

@@ -20,13 +20,35 @@ def search_kernel():
     import triton.language as tl
 
     @triton.jit
-    def kernel(z, keys, offset, skip, best_out, second_out, codes_out, n, k, d, step, stride, high: tl.constexpr, wide: tl.constexpr, deep: tl.constexpr, skips: tl.constexpr, widen: tl.constexpr):
+    def kernel(
+        z,
+        keys,
+        offset,
+        skip,
+        best_out,
+        second_out,
+        codes_out,
+        n,
+        k,
+        d,
+        step,
+        stride,
+        high: tl.constexpr,
+        wide: tl.constexpr,
+        deep: tl.constexpr,
+        skips: tl.constexpr,
+        widen: tl.constexpr,
+    ):
         rows = tl.program_id(0) * high + tl.arange(0, high)
         inside = rows < n
         here = rows.to(tl.int64) * step
-        best, second = tl.full((high,), float("-inf"), tl.float32), tl.full((high,), float("-inf"), tl.float32)
+        best, second = (
+            tl.full((high,), float("-inf"), tl.float32),
+            tl.full((high,), float("-inf"), tl.float32),
+        )
         codes = tl.zeros((high,), tl.int32)
-        if skips: out = tl.load(skip + rows, mask=inside, other=-1)
+        if skips:
+            out = tl.load(skip + rows, mask=inside, other=-1)
         for start in range(0, k, wide):
             columns = start + tl.arange(0, wide)
             exists = columns < k
@@ -34,14 +56,26 @@ def search_kernel():
             scores = tl.zeros((high, wide), tl.float32)
             for first in range(0, d, deep):
                 depth = first + tl.arange(0, deep)
-                x = tl.load(z + here[:, None] + depth[None, :].to(tl.int64) * stride, mask=inside[:, None] & (depth < d)[None, :], other=0.0)
-                c = tl.load(keys + there[None, :] + depth[:, None], mask=exists[None, :] & (depth < d)[:, None], other=0.0)
-                if widen: x, c = x.to(tl.float32), c.to(tl.float32)
+                x = tl.load(
+                    z + here[:, None] + depth[None, :].to(tl.int64) * stride,
+                    mask=inside[:, None] & (depth < d)[None, :],
+                    other=0.0,
+                )
+                c = tl.load(
+                    keys + there[None, :] + depth[:, None],
+                    mask=exists[None, :] & (depth < d)[:, None],
+                    other=0.0,
+                )
+                if widen:
+                    x, c = x.to(tl.float32), c.to(tl.float32)
                 scores = tl.dot(x.to(c.dtype), c, scores, input_precision="ieee")
             scores += tl.load(offset + columns, mask=exists, other=float("-inf"))[None, :]
-            if skips: scores = tl.where(columns[None, :] == out[:, None], float("-inf"), scores)
+            if skips:
+                scores = tl.where(columns[None, :] == out[:, None], float("-inf"), scores)
             top = tl.max(scores, 1)
-            code = tl.min(tl.where(scores == top[:, None], columns[None, :], k - 1), 1)  # the lowest of equals; NaN equals nothing
+            code = tl.min(
+                tl.where(scores == top[:, None], columns[None, :], k - 1), 1
+            )  # the lowest of equals; NaN equals nothing
             runner = tl.max(tl.where(columns[None, :] == code[:, None], float("-inf"), scores), 1)
             second = tl.maximum(tl.maximum(second, runner), tl.minimum(best, top))
             codes = tl.where(top > best, code, codes)
@@ -53,18 +87,47 @@ def search_kernel():
     return kernel
 
 # %% ../nbs/lib/00a_kernels.ipynb #74e9d934
-def fused_scan(z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], offset: Float[Tensor, "k"], skip: Int64[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Int64[Tensor, "n"]]:
+def fused_scan(
+    z: Float[Tensor, "n d"],
+    keys: Float[Tensor, "k d"],
+    offset: Float[Tensor, "k"],
+    skip: Int64[Tensor, "n"] | None = None,
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Int64[Tensor, "n"]]:
     """Best score, second best score (float32) and best code of each vector; z is float32, bfloat16 or float16, keys are float32 or of z's dtype, offset is float32.
 
     `skip` is a code of each row that is left out. Raises ValueError for other dtypes."""
-    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16) or keys.dtype not in (torch.float32, z.dtype):
-        raise ValueError(f"z must be float32, bfloat16 or float16, and keys float32 or of z's dtype, got {z.dtype} and {keys.dtype}")
+    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16) or keys.dtype not in (
+        torch.float32,
+        z.dtype,
+    ):
+        raise ValueError(
+            f"z must be float32, bfloat16 or float16, and keys float32 or of z's dtype, got {z.dtype} and {keys.dtype}"
+        )
     (n, d), k = z.shape, len(keys)
     best, second = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(2))
     codes = torch.empty(n, dtype=torch.int64, device=z.device)
     deep = min(64 if keys.element_size() == 2 else 32, max(16, 1 << (d - 1).bit_length()))
-    widen = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter multiplies the bits of bfloat16 numbers as integers
+    widen = (
+        os.environ.get("TRITON_INTERPRET") == "1"
+    )  # the interpreter multiplies the bits of bfloat16 numbers as integers
     high, wide = 64, 64 if keys.element_size() == 4 else 128
-    search_kernel()[(-(-n // high),)](z, keys.contiguous(), offset, codes if skip is None else skip, best, second, codes,
-                                      n, k, d, z.stride(0), z.stride(1), high, wide, deep, skip is not None, widen)
+    search_kernel()[(-(-n // high),)](
+        z,
+        keys.contiguous(),
+        offset,
+        codes if skip is None else skip,
+        best,
+        second,
+        codes,
+        n,
+        k,
+        d,
+        z.stride(0),
+        z.stride(1),
+        high,
+        wide,
+        deep,
+        skip is not None,
+        widen,
+    )
     return best, second, codes

@@ -21,11 +21,13 @@ from .ranks import from_first, joint_mean
 def _linear(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b"]:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
+
 def _one_by_one(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b"]:
     "The linear layer summed in one order, so that a row's bits do not depend on the other rows."
     wide = torch.promote_types(x.dtype, torch.float32)
     out = layer.bias.to(wide)
-    for column, weight in zip(x.to(wide).unbind(1), layer.weight.to(wide).unbind(1)): out = out + column[:, None] * weight
+    for column, weight in zip(x.to(wide).unbind(1), layer.weight.to(wide).unbind(1)):
+        out = out + column[:, None] * weight
     return out.to(x.dtype)
 
 # %% ../nbs/lib/02d_lattice.ipynb #beaeba71
@@ -35,72 +37,118 @@ class Lattice(Quantizer):
     A kind of them says `bound(x)`, where the coordinates may lie, `digits(x)`, which value each is rounded to, `place(digits, dtype)`, that
     value, and `penalty(x, q)`, its loss. Raises ValueError or TypeError for bad arguments; `codebook` above 2^28 numbers is refused.
     """
-    def __init__(self, dim: int, num_codes: int, levels: Sequence[int], rule: Rule = straight_through,
-                 channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        levels: Sequence[int],
+        rule: Rule = straight_through,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        if num_codes > 2**62: raise ValueError(f"num_codes must be at most 2^62, got {num_codes}")
-        if not callable(rule): raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
+        if num_codes > 2**62:
+            raise ValueError(f"num_codes must be at most 2^62, got {num_codes}")
+        if not callable(rule):
+            raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
         self.rule, self.levels, width = rule, tuple(levels), len(levels)
-        self.project_in, self.project_out = (None, None) if width == dim else (nn.Linear(dim, width), nn.Linear(width, dim))
-        for parameter in self.parameters(): from_first(parameter.data)
+        self.project_in, self.project_out = (
+            (None, None) if width == dim else (nn.Linear(dim, width), nn.Linear(width, dim))
+        )
+        for parameter in self.parameters():
+            from_first(parameter.data)
         self.register_buffer("sizes", torch.tensor(self.levels), persistent=False)
-        self.register_buffer("basis", torch.tensor([math.prod(levels[:i]) for i in range(width)]), persistent=False)
-        self.register_buffer("like", torch.tensor(0.0), persistent=False)  # nothing but the dtype of the code vectors, which .to() may change
+        self.register_buffer(
+            "basis", torch.tensor([math.prod(levels[:i]) for i in range(width)]), persistent=False
+        )
+        self.register_buffer(
+            "like", torch.tensor(0.0), persistent=False
+        )  # nothing but the dtype of the code vectors, which .to() may change
 
     @property
     def codebook(self) -> Float[Tensor, "k d"]:
-        if self.num_codes * self.dim > 2**28: raise ValueError(f"a codebook of {self.num_codes} x {self.dim} is too large to write out; decode the codes that you need")
+        if self.num_codes * self.dim > 2**28:
+            raise ValueError(
+                f"a codebook of {self.num_codes} x {self.dim} is too large to write out; decode the codes that you need"
+            )
         return self.lookup(torch.arange(self.num_codes, device=self.basis.device))
 
-    def prepare(self, x): return self.bound(x if self.project_in is None else _linear(x, self.project_in))
-    def assign(self, x): return (self.digits(x.detach()) * self.basis).sum(1)
+    def prepare(self, x):
+        return self.bound(x if self.project_in is None else _linear(x, self.project_in))
+
+    def assign(self, x):
+        return (self.digits(x.detach()) * self.basis).sum(1)
 
     def points(self, codes: Int64[Tensor, "n"]) -> Float[Tensor, "n w"]:
         "The grid points of codes."
         digits = codes[:, None] // self.basis % self.sizes
-        return self.place(digits, torch.promote_types(self.like.dtype, torch.float32)).to(self.like.dtype)
+        return self.place(digits, torch.promote_types(self.like.dtype, torch.float32)).to(
+            self.like.dtype
+        )
 
     def lookup(self, codes):
         q = self.points(codes)
         return q if self.project_out is None else _one_by_one(q, self.project_out)
 
-    def quantize(self, x, batch): return _quantize(self, x)
+    def quantize(self, x, batch):
+        return _quantize(self, x)
 
 # %% ../nbs/lib/02d_lattice.ipynb #c62a87cd
-def _quantize(self: Lattice, x: Float[Tensor, "n w"]) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
+def _quantize(
+    self: Lattice, x: Float[Tensor, "n w"]
+) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
     codes = self.assign(x)
     q = self.points(codes).to(x.dtype)
     z_q = estimate(x, q, self.rule)
-    if self.project_out is not None: z_q = estimate(_linear(z_q, self.project_out), self.lookup(codes).detach().to(x.dtype))
+    if self.project_out is not None:
+        z_q = estimate(_linear(z_q, self.project_out), self.lookup(codes).detach().to(x.dtype))
     return z_q, codes, self.penalty(x, q)
 
 # %% ../nbs/lib/02d_lattice.ipynb #a9c15491
 _MOST = 16  # levels of one coordinate, where they are not given
 
+
 @cache
 def _split(num_codes: int, largest: int = _MOST) -> tuple[int, ...] | None:
     "The best levels, none above `largest`, of all whose product is num_codes; None where there are none."
-    if num_codes == 1: return ()
-    options = [(level, *rest) for level in range(min(largest, num_codes), 1, -1)
-               if num_codes % level == 0 and (rest := _split(num_codes // level, level)) is not None]
-    outside = lambda levels: sum(max(math.log2(5 / level), math.log2(level / 8), 0) for level in levels)
+    if num_codes == 1:
+        return ()
+    options = [
+        (level, *rest)
+        for level in range(min(largest, num_codes), 1, -1)
+        if num_codes % level == 0 and (rest := _split(num_codes // level, level)) is not None
+    ]
+    outside = lambda levels: sum(
+        max(math.log2(5 / level), math.log2(level / 8), 0) for level in levels
+    )
     return min(options, key=lambda levels: (round(outside(levels), 9), len(levels)), default=None)
+
 
 def _refuse(kind: str, num_codes: int, what: str, sizes: list[int]) -> None:
     least = min(abs(size - num_codes) for size in sizes)
     nearest = " or ".join(str(size) for size in sizes if abs(size - num_codes) == least)
-    raise ValueError(f"num_codes of {kind} must be {what}, got {num_codes}; the nearest is {nearest}")
+    raise ValueError(
+        f"num_codes of {kind} must be {what}, got {num_codes}; the nearest is {nearest}"
+    )
 
 # %% ../nbs/lib/02d_lattice.ipynb #91d1fd79
 def levels_for(num_codes: int) -> tuple[int, ...]:
     "Levels whose product is num_codes, as near to 5..8 as they can be (Mentzer et al. 2023, Table 1). Raises ValueError, naming the nearest that there is."
     levels = _split(whole("num_codes", num_codes))
-    if levels: return levels
+    if levels:
+        return levels
     sizes = [1]
     for prime in (2, 3, 5, 7, 11, 13):
         grown = sizes
-        while grown := [size * prime for size in grown if size * prime <= 2 * num_codes]: sizes = sizes + grown
-    _refuse("FSQ", num_codes, f"a product of levels from 2 to {_MOST} (or give levels)", sorted(size for size in sizes if size > 1))
+        while grown := [size * prime for size in grown if size * prime <= 2 * num_codes]:
+            sizes = sizes + grown
+    _refuse(
+        "FSQ",
+        num_codes,
+        f"a product of levels from 2 to {_MOST} (or give levels)",
+        sorted(size for size in sizes if size > 1),
+    )
 
 # %% ../nbs/lib/02d_lattice.ipynb #da0e4068
 class FSQ(Lattice):
@@ -109,13 +157,26 @@ class FSQ(Lattice):
     levels: at least 2 for each coordinate, num_codes their product; None for `levels_for(num_codes)`. rule: the gradient of the rounding.
     Where dim is not the number of levels, linear layers lead in and out. Raises ValueError for a num_codes that cannot be had.
     """
-    def __init__(self, dim: int, num_codes: int, levels: Sequence[int] | None = None, rule: Rule = straight_through,
-                 channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        levels: Sequence[int] | None = None,
+        rule: Rule = straight_through,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         whole("num_codes", num_codes)
-        if levels is None: levels = levels_for(num_codes)
-        elif isinstance(levels, str) or not isinstance(levels, Sequence): raise TypeError(f"levels must be a list of ints, got {levels!r}")
+        if levels is None:
+            levels = levels_for(num_codes)
+        elif isinstance(levels, str) or not isinstance(levels, Sequence):
+            raise TypeError(f"levels must be a list of ints, got {levels!r}")
         levels = [whole("levels", level, 2) for level in levels]
-        if not levels or math.prod(levels) != num_codes: raise ValueError(f"levels must have the product num_codes, {num_codes}, got {levels} with product {math.prod(levels)}")
+        if not levels or math.prod(levels) != num_codes:
+            raise ValueError(
+                f"levels must have the product num_codes, {num_codes}, got {levels} with product {math.prod(levels)}"
+            )
         super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
@@ -124,24 +185,36 @@ class FSQ(Lattice):
         length, offset = (sizes - 1) * (1 - 1e-3) / 2, (1 - sizes % 2) / 2
         return (torch.tanh(x + torch.tan(offset / length)) * length - offset) / (self.sizes // 2)
 
-    def digits(self, x): return (x * (self.sizes // 2)).round().to(torch.int64) + self.sizes // 2
-    def place(self, digits, dtype): return (digits - self.sizes // 2).to(dtype) / (self.sizes // 2)
-    def penalty(self, x, q): return x.new_zeros(())
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, levels={self.levels}"
+    def digits(self, x):
+        return (x * (self.sizes // 2)).round().to(torch.int64) + self.sizes // 2
+
+    def place(self, digits, dtype):
+        return (digits - self.sizes // 2).to(dtype) / (self.sizes // 2)
+
+    def penalty(self, x, q):
+        return x.new_zeros(())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, levels={self.levels}"
 
 # %% ../nbs/lib/02d_lattice.ipynb #d16368a5
 def _products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n c"]:
     "The probabilities of all 2^m sign patterns, the first sign the fastest."
     p = logits.new_ones(len(logits), 1)
-    for column in logits.unbind(1): p = torch.cat([p * torch.sigmoid(-column)[:, None], p * torch.sigmoid(column)[:, None]], 1)
+    for column in logits.unbind(1):
+        p = torch.cat([p * torch.sigmoid(-column)[:, None], p * torch.sigmoid(column)[:, None]], 1)
     return p
+
 
 def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
     "Their mean over the batch."
     half, n = logits.shape[1] // 2, len(logits)
     return (_products(logits[:, half:]).T @ _products(logits[:, :half]) / n).flatten()
 
-def entropies(logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+
+def entropies(
+    logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean entropy, and entropy of the mean, of n distributions over 2^w sign patterns with these log-odds of the signs; in nats.
 
     The entropy of the mean is exact for w <= group; wider ones are cut into groups, whose entropies are added, an upper bound.
@@ -150,14 +223,21 @@ def entropies(logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True)
     size = logits.abs()
     each = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
-    if joint: means = [joint_mean(mean, len(logits)) for mean in means]
+    if joint:
+        means = [joint_mean(mean, len(logits)) for mean in means]
     return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
 
 # %% ../nbs/lib/02d_lattice.ipynb #28ec0d55
 def _signs(kind: str, num_codes: int) -> int:
     "How many signs have num_codes patterns; raises ValueError, naming the nearest power of two."
     width = whole("num_codes", num_codes).bit_length() - 1
-    if width < 1 or num_codes != 2**width: _refuse(kind, num_codes, "a power of two, at least 2", sorted({2 ** max(width, 1), 2 ** (width + 1)}))
+    if width < 1 or num_codes != 2**width:
+        _refuse(
+            kind,
+            num_codes,
+            "a power of two, at least 2",
+            sorted({2 ** max(width, 1), 2 ** (width + 1)}),
+        )
     return width
 
 # %% ../nbs/lib/02d_lattice.ipynb #a8f160e3
@@ -169,27 +249,60 @@ class LFQ(Lattice):
     gradient of the sign. Where dim is not log2 num_codes, linear layers lead in and out. The entropies hold a few times 2n 2^(group/2) + 2^group
     numbers. Raises ValueError for bad values.
     """
+
     spherical = False
 
-    def __init__(self, dim: int, num_codes: int, entropy: float = 0.1, temperature: float = 0.01, diversity: float = 1.0, commitment: float = 0.25,
-                 group: int = 18, rule: Rule = straight_through, channel_dim: int = -1, check_finite: bool | None = None):
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        entropy: float = 0.1,
+        temperature: float = 0.01,
+        diversity: float = 1.0,
+        commitment: float = 0.25,
+        group: int = 18,
+        rule: Rule = straight_through,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         width = _signs(type(self).__name__, num_codes)
-        for name, value in (("entropy", entropy), ("diversity", diversity), ("commitment", commitment)):
-            if not value >= 0: raise ValueError(f"{name} must not be negative, got {value}")
-        if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}")
-        if whole("group", group) > 24: raise ValueError(f"group must be at most 24, got {group}")
+        for name, value in (
+            ("entropy", entropy),
+            ("diversity", diversity),
+            ("commitment", commitment),
+        ):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if whole("group", group) > 24:
+            raise ValueError(f"group must be at most 24, got {group}")
         super().__init__(dim, num_codes, (2,) * width, rule, channel_dim, check_finite)
         self.unit = width**-0.5 if self.spherical else 1.0  # size of a coordinate of a code vector
-        self.entropy, self.temperature, self.diversity, self.commitment, self.group = entropy, temperature, diversity, commitment, group
+        self.entropy, self.temperature, self.diversity, self.commitment, self.group = (
+            entropy,
+            temperature,
+            diversity,
+            commitment,
+            group,
+        )
 
-    def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]: return x
-    def digits(self, x): return (x > 0).to(torch.int64)
-    def place(self, digits, dtype): return (2 * digits - 1).to(dtype) * self.unit
+    def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
+        return x
+
+    def digits(self, x):
+        return (x > 0).to(torch.int64)
+
+    def place(self, digits, dtype):
+        return (2 * digits - 1).to(dtype) * self.unit
 
     def penalty(self, x, q):
         loss = self.commitment * F.mse_loss(x, q)
-        if self.entropy == 0: return loss
-        each, mean = entropies(4 * self.unit / self.temperature * x, self.group, joint=self.training)
+        if self.entropy == 0:
+            return loss
+        each, mean = entropies(
+            4 * self.unit / self.temperature * x, self.group, joint=self.training
+        )
         return loss + self.entropy * (each - self.diversity * mean)
 
     def extra_repr(self) -> str:
@@ -201,11 +314,34 @@ class BSQ(LFQ):
 
     Keywords as in LFQ, with the values of the released code: temperature 1 (tau = 2 / temperature), no commitment; groups of one sign (Eq. 8).
     """
+
     spherical = True
 
-    def __init__(self, dim: int, num_codes: int, entropy: float = 0.1, temperature: float = 1.0, diversity: float = 1.0, commitment: float = 0.0,
-                 group: int = 1, rule: Rule = straight_through, channel_dim: int = -1, check_finite: bool | None = None):
-        super().__init__(dim, num_codes, entropy, temperature, diversity, commitment, group, rule, channel_dim, check_finite)
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        entropy: float = 0.1,
+        temperature: float = 1.0,
+        diversity: float = 1.0,
+        commitment: float = 0.0,
+        group: int = 1,
+        rule: Rule = straight_through,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_codes,
+            entropy,
+            temperature,
+            diversity,
+            commitment,
+            group,
+            rule,
+            channel_dim,
+            check_finite,
+        )
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         "The direction of x; zero stays zero."

@@ -25,14 +25,19 @@ from .search import check_vectors, distances, nearest
 # %% ../nbs/lib/04_measure.ipynb #2d838282
 def code_counts(codes: Int64[Tensor, "..."], num_codes: int) -> Int64[Tensor, "k"]:
     "How often each of the `num_codes` codes occurs; counts of batches add up. Raises ValueError for codes out of range."
-    if codes.numel() and (codes.min() < 0 or codes.max() >= num_codes): raise ValueError(f"codes must lie in 0..{num_codes - 1}, got {codes.min()}..{codes.max()}")
+    if codes.numel() and (codes.min() < 0 or codes.max() >= num_codes):
+        raise ValueError(f"codes must lie in 0..{num_codes - 1}, got {codes.min()}..{codes.max()}")
     return torch.bincount(codes.reshape(-1), minlength=num_codes)
 
+
 def _checked(counts: Shaped[Tensor, "k"]) -> Float[Tensor, "k"]:
-    if not isinstance(counts, Tensor): raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
-    if counts.ndim != 1 or len(counts) == 0: raise ValueError(f"counts must be of shape (num_codes,), got {tuple(counts.shape)}")
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"counts must be of shape (num_codes,), got {tuple(counts.shape)}")
     counts = counts.double()
-    if not counts.isfinite().all() or (counts < 0).any() or counts.sum() <= 0: raise ValueError("counts must be finite, not negative, and not all zero")
+    if not counts.isfinite().all() or (counts < 0).any() or counts.sum() <= 0:
+        raise ValueError("counts must be finite, not negative, and not all zero")
     return counts
 
 # %% ../nbs/lib/04_measure.ipynb #73cf2ecc
@@ -40,9 +45,11 @@ def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, between 1/k and 1. Raises ValueError for counts that are no counts."
     return float((_checked(counts) > 0).double().mean())
 
+
 def perplexity(counts: Shaped[Tensor, "k"]) -> float:
     "exp of the entropy of the summed counts, between 1 and k. Raises ValueError for counts that are no counts."
     return float(_entropy(counts).exp())
+
 
 def _entropy(counts: Shaped[Tensor, "k"]) -> Float[Tensor, ""]:
     counts = _checked(counts)
@@ -55,15 +62,24 @@ class Meter:
 
     code_shape: of one vector's codes, as a quantizer has it: () for one code, (levels,) for several; `counts` is (positions, num_codes).
     """
+
     def __init__(self, num_codes: int, code_shape: tuple[int, ...] = ()):
         self.num_codes, self.code_shape, self.n = num_codes, tuple(code_shape), 0
         self.counts = self.error = self.total = self.square = 0
 
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], codes: Int64[Tensor, "..."]) -> None:
+    def update(
+        self, z: Float[Tensor, "n d"], q: Float[Tensor, "n d"], codes: Int64[Tensor, "..."]
+    ) -> None:
         "Add a batch; codes are (..., *code_shape). Raises ValueError for another shape or codes out of range."
-        if codes.shape[codes.ndim - len(self.code_shape):] != self.code_shape: raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
-        counts = torch.stack([code_counts(c, self.num_codes) for c in codes.reshape(-1, math.prod(self.code_shape)).unbind(1)])
+        if codes.shape[codes.ndim - len(self.code_shape) :] != self.code_shape:
+            raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
+        counts = torch.stack(
+            [
+                code_counts(c, self.num_codes)
+                for c in codes.reshape(-1, math.prod(self.code_shape)).unbind(1)
+            ]
+        )
         z, q = z.double(), q.double()
         self.n += len(z)
         self.counts = self.counts + counts
@@ -72,37 +88,73 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         "usage, perplexity (means over positions, arithmetic and geometric), quantization_error (mean square over elements), relative_error (over the trace of z's covariance)."
-        if self.n == 0: raise ValueError("nothing to compute: update() was never called")
+        if self.n == 0:
+            raise ValueError("nothing to compute: update() was never called")
         spread = self.square - self.total.pow(2).sum() / self.n
         entropy = torch.stack([_entropy(counts) for counts in self.counts])
-        return {"usage": fmean(map(usage, self.counts)), "perplexity": float(entropy.mean().exp()), "quantization_error": float(self.error / self.n / len(self.total)),
-                "relative_error": float(self.error / spread) if spread > 0 else float("nan")}
+        return {
+            "usage": fmean(map(usage, self.counts)),
+            "perplexity": float(entropy.mean().exp()),
+            "quantization_error": float(self.error / self.n / len(self.total)),
+            "relative_error": float(self.error / spread) if spread > 0 else float("nan"),
+        }
 
 # %% ../nbs/lib/04_measure.ipynb #e06db846
-def _to_nearest(p, c): return distances(p, c, nearest(p, c)).mean()
+def _to_nearest(p, c):
+    return distances(p, c, nearest(p, c)).mean()
+
 
 def _gaussian_kl(p, c):
     d = p.shape[1]
-    ridge = 1e-6 * max(p.var(0, correction=0).mean(), c.var(0, correction=0).mean()).clamp_min(1e-12) * torch.eye(d, dtype=p.dtype, device=p.device)
-    (mp, mc), (sp, sc) = (p.mean(0), c.mean(0)), (torch.atleast_2d(torch.cov(x.T, correction=0)) + ridge for x in (p, c))  # chosen codes may lie in a plane
+    ridge = (
+        1e-6
+        * max(p.var(0, correction=0).mean(), c.var(0, correction=0).mean()).clamp_min(1e-12)
+        * torch.eye(d, dtype=p.dtype, device=p.device)
+    )
+    (mp, mc), (sp, sc) = (
+        (p.mean(0), c.mean(0)),
+        (torch.atleast_2d(torch.cov(x.T, correction=0)) + ridge for x in (p, c)),
+    )  # chosen codes may lie in a plane
     lp, lc = torch.linalg.cholesky(sp), torch.linalg.cholesky(sc)
     half = torch.linalg.solve_triangular(lc, torch.cat([lp, (mc - mp)[:, None]], 1), upper=False)
     return half.pow(2).sum() / 2 - d / 2 + lc.diagonal().log().sum() - lp.diagonal().log().sum()
 
+
 def _sliced_wasserstein(p, c):
-    directions = torch.randn(p.shape[1], 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(p)
+    directions = torch.randn(
+        p.shape[1], 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(p)
     p, c = ((x @ (directions / directions.norm(dim=0))).sort(0).values for x in (p, c))
-    ends = torch.cat([torch.arange(1, len(x) + 1, device=p.device, dtype=torch.float64) / len(x) for x in (p, c)]).unique()  # quantile functions are steps
+    ends = torch.cat(
+        [torch.arange(1, len(x) + 1, device=p.device, dtype=torch.float64) / len(x) for x in (p, c)]
+    ).unique()  # quantile functions are steps
     middles = ends - torch.diff(ends, prepend=ends.new_zeros(1)) / 2
     rows = [(middles * len(x)).long().clamp_max(len(x) - 1) for x in (p, c)]
-    return ((p[rows[0]] - c[rows[1]]).pow(2) * torch.diff(ends, prepend=ends.new_zeros(1))[:, None]).sum(0).mean().sqrt()
+    return (
+        ((p[rows[0]] - c[rows[1]]).pow(2) * torch.diff(ends, prepend=ends.new_zeros(1))[:, None])
+        .sum(0)
+        .mean()
+        .sqrt()
+    )
 
-def _mean_distance(x, y): return torch.stack([torch.cdist(part, y).sum() for part in x.split(max(1, 2**22 // len(y)))]).sum() / (len(x) * len(y))
 
-def _energy(p, c): return 2 * _mean_distance(p, c) - _mean_distance(p, p) - _mean_distance(c, c)
+def _mean_distance(x, y):
+    return torch.stack(
+        [torch.cdist(part, y).sum() for part in x.split(max(1, 2**22 // len(y)))]
+    ).sum() / (len(x) * len(y))
+
+
+def _energy(p, c):
+    return 2 * _mean_distance(p, c) - _mean_distance(p, p) - _mean_distance(c, c)
 
 # %% ../nbs/lib/04_measure.ipynb #9f190bcd
-DIVERGENCES = {"nearest": _to_nearest, "gaussian_kl": _gaussian_kl, "sliced_wasserstein": _sliced_wasserstein, "energy": _energy}
+DIVERGENCES = {
+    "nearest": _to_nearest,
+    "gaussian_kl": _gaussian_kl,
+    "sliced_wasserstein": _sliced_wasserstein,
+    "energy": _energy,
+}
+
 
 @torch.no_grad()
 def divergence(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"], kind: str = "nearest") -> float:
@@ -110,98 +162,173 @@ def divergence(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"], kind: str = "ne
 
     Raises ValueError for another kind, vectors of different width, empty or non-finite input.
     """
-    if kind not in DIVERGENCES: raise ValueError(f"kind must be one of {', '.join(DIVERGENCES)}, got {kind!r}")
+    if kind not in DIVERGENCES:
+        raise ValueError(f"kind must be one of {', '.join(DIVERGENCES)}, got {kind!r}")
     check_vectors("p", p, check_finite=True), check_vectors("c", c, p.shape[-1], check_finite=True)
-    if p.ndim != 2 or c.ndim != 2: raise ValueError(f"p and c must be (n, d) and (k, d), got {tuple(p.shape)} and {tuple(c.shape)}")
+    if p.ndim != 2 or c.ndim != 2:
+        raise ValueError(
+            f"p and c must be (n, d) and (k, d), got {tuple(p.shape)} and {tuple(c.shape)}"
+        )
     return float(DIVERGENCES[kind](p.double(), c.double()))
 
 # %% ../nbs/lib/04_measure.ipynb #f09a1b7b
 @dataclass(frozen=True)
 class GradientGap:
     "Distance between the encoder's gradients with and without quantization."
-    total: float              # sum over layers of |g - ghat|^2
-    relative: float           # |g - ghat| / |g|; NaN where g = 0
-    cosine: float             # 1 - cos(g, ghat); NaN where g or ghat = 0
+
+    total: float  # sum over layers of |g - ghat|^2
+    relative: float  # |g - ghat| / |g|; NaN where g = 0
+    cosine: float  # 1 - cos(g, ghat); NaN where g or ghat = 0
     layers: dict[str, float]  # |g_l - ghat_l|^2 of each module with parameters
+
 
 def _outermost(model: nn.Module) -> dict[str, Quantizer]:
     "The quantizers of a model, without those inside another."
     found = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
-    return {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") or other == "" != name for other in found)}
+    return {
+        name: m
+        for name, m in found.items()
+        if not any(name.startswith(f"{other}.") or other == "" != name for other in found)
+    }
+
 
 @contextmanager
 def _same_random(device: torch.device):
     "Random numbers drawn inside are as if never drawn."
-    with torch.random.fork_rng([device] if device.type == "cuda" else []): yield
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 # %% ../nbs/lib/04_measure.ipynb #240a3fae
-def _passed(quantizer: Quantizer, bypass: bool, inputs: list[Tensor]) -> Callable[[Tensor], Quantized]:
+def _passed(
+    quantizer: Quantizer, bypass: bool, inputs: list[Tensor]
+) -> Callable[[Tensor], Quantized]:
     "A forward that notes its input and, bypassed, returns it; it leaves the random numbers of what comes after alone."
     forward = quantizer.forward
+
     def run(z: Tensor) -> Quantized:
         inputs.append(z)
-        with _same_random(z.device): out = forward(z.detach() if bypass else z)
-        if out.z_q.shape != z.shape: raise ValueError(f"the quantizer must return vectors of z's shape to be bypassed, got {tuple(out.z_q.shape)} for {tuple(z.shape)}")
+        with _same_random(z.device):
+            out = forward(z.detach() if bypass else z)
+        if out.z_q.shape != z.shape:
+            raise ValueError(
+                f"the quantizer must return vectors of z's shape to be bypassed, got {tuple(out.z_q.shape)} for {tuple(z.shape)}"
+            )
         return Quantized(z, out.codes, out.loss.detach()) if bypass else out
+
     return run
 
-def _gradients(model: nn.Module, loss_fn: Callable, batch: Any, bypass: bool) -> dict[str, Tensor | None]:
+
+def _gradients(
+    model: nn.Module, loss_fn: Callable, batch: Any, bypass: bool
+) -> dict[str, Tensor | None]:
     "Gradients of the loss to the encoder's parameters, those that an input of a quantizer depends on; on a copy of the model."
     losses = {name: getattr(q, "loss_at", None) for name, q in _outermost(model).items()}
     model, inputs = copy.deepcopy(model), []
     for name, quantizer in _outermost(model).items():
-        if losses[name] is not None: quantizer.attach(losses[name])
+        if losses[name] is not None:
+            quantizer.attach(losses[name])
         quantizer.forward = _passed(quantizer, bypass, inputs)
     leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next((p.device for p in leaves.values()), torch.device("cpu"))
     with torch.enable_grad(), _same_random(device):
         loss = loss_fn(model, batch)
-        reached = torch.autograd.grad([z.sum() for z in inputs if z.requires_grad], list(leaves.values()), retain_graph=True, allow_unused=True) if inputs else ()
+        reached = (
+            torch.autograd.grad(
+                [z.sum() for z in inputs if z.requires_grad],
+                list(leaves.values()),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            if inputs
+            else ()
+        )
         encoder = {name: p for (name, p), g in zip(leaves.items(), reached) if g is not None}
-        return dict(zip(encoder, torch.autograd.grad(loss, list(encoder.values()), allow_unused=True))) if encoder else {}
+        return (
+            dict(zip(encoder, torch.autograd.grad(loss, list(encoder.values()), allow_unused=True)))
+            if encoder
+            else {}
+        )
 
 # %% ../nbs/lib/04_measure.ipynb #0a327099
-def gradient_gap(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> GradientGap:
+def gradient_gap(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> GradientGap:
     """What quantization does to the encoder's gradient on a batch; `loss_fn(model, batch)` is the task's loss alone, without the quantizers' own.
 
     Quantizers are found as modules; the encoder is every parameter that their inputs depend on. Nothing of the model, its gradients or the
     random state is changed; takes two passes on copies of the model. Raises ValueError for a model without a quantizer, or one that cannot be bypassed.
     """
-    if not _outermost(model): raise ValueError(f"model must contain a quantizer, got {type(model).__name__} with none")
+    if not _outermost(model):
+        raise ValueError(f"model must contain a quantizer, got {type(model).__name__} with none")
     plain, through = (_gradients(model, loss_fn, batch, bypass) for bypass in (True, False))
-    if not plain: raise ValueError("no parameter leads to a quantizer's input: there is no encoder whose gradient could be measured")
+    if not plain:
+        raise ValueError(
+            "no parameter leads to a quantizer's input: there is no encoder whose gradient could be measured"
+        )
     zero = lambda g, like: torch.zeros_like(like, dtype=torch.float64) if g is None else g.double()
-    both = {name: (zero(plain[name], p), zero(through.get(name), p)) for name, p in model.named_parameters() if name in plain}
+    both = {
+        name: (zero(plain[name], p), zero(through.get(name), p))
+        for name, p in model.named_parameters()
+        if name in plain
+    }
     layers: dict[str, float] = {}
     for name, (g, ghat) in both.items():
         layer = name.rpartition(".")[0]
         layers[layer] = layers.get(layer, 0.0) + float((g - ghat).pow(2).sum())
     g, ghat = (torch.cat([pair[i].flatten() for pair in both.values()]) for i in (0, 1))
     total, size, other = sum(layers.values()), float(g.norm()), float(ghat.norm())
-    return GradientGap(total, total ** 0.5 / size if size else math.nan, 1 - float(g @ ghat) / (size * other) if size and other else math.nan, layers)
+    return GradientGap(
+        total,
+        total**0.5 / size if size else math.nan,
+        1 - float(g @ ghat) / (size * other) if size and other else math.nan,
+        layers,
+    )
 
 # %% ../nbs/lib/04_measure.ipynb #581e20b2
 def early(first: int = 16, every: int = 50) -> Callable[[int], bool]:
     "Whether a step is one of the `first`, or a multiple of `every`."
     return lambda step: step < first or step % every == 0
 
-def _sets(quantizer: Quantizer, p: Float[Tensor, "n d"], q: Float[Tensor, "n d"], codes: Int64[Tensor, "..."]) -> dict[str, Float[Tensor, "m d"]]:
+
+def _sets(
+    quantizer: Quantizer,
+    p: Float[Tensor, "n d"],
+    q: Float[Tensor, "n d"],
+    codes: Int64[Tensor, "..."],
+) -> dict[str, Float[Tensor, "m d"]]:
     "P, C and Q; without C for a quantizer that has no single table of code vectors."
     book = getattr(quantizer, "codebook", None)
-    if quantizer.code_shape or book is None or book.ndim != 2 or book.shape[1] != p.shape[1]: return {"p": p, "q": q.unique(dim=0)}
+    if quantizer.code_shape or book is None or book.ndim != 2 or book.shape[1] != p.shape[1]:
+        return {"p": p, "q": q.unique(dim=0)}
     return {"p": p, "c": book, "q": book[codes.unique()]}
+
 
 def _few(x: Float[Tensor, "n d"], most: int = 2048) -> Float[Tensor, "m d"]:
     "At most so many of the vectors, evenly spaced."
     return x if len(x) <= most else x[torch.linspace(0, len(x) - 1, most, device=x.device).long()]
 
 # %% ../nbs/lib/04_measure.ipynb #690be680
-def _kept(quantizer: Quantizer, seen: list[tuple[Tensor, Quantized]]) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(
+    quantizer: Quantizer, seen: list[tuple[Tensor, Quantized]]
+) -> tuple[Tensor, Tensor, Tensor]:
     "All that passed through a quantizer: vectors as compared (n, d), quantized (n, d), codes (n, ...)."
-    flat = lambda t: t.detach().movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim).to(torch.promote_types(t.dtype, torch.float32))
-    z, q = (torch.cat([flat(t) for t in ts]) for ts in ([z for z, _ in seen], [out.z_q for _, out in seen]))
+    flat = lambda t: (
+        t.detach()
+        .movedim(quantizer.channel_dim, -1)
+        .reshape(-1, quantizer.dim)
+        .to(torch.promote_types(t.dtype, torch.float32))
+    )
+    z, q = (
+        torch.cat([flat(t) for t in ts])
+        for ts in ([z for z, _ in seen], [out.z_q for _, out in seen])
+    )
     compared = quantizer.prepare(z)
-    return compared if compared.shape == q.shape else z, q, torch.cat([out.codes.reshape(-1, *quantizer.code_shape) for _, out in seen])
+    return (
+        compared if compared.shape == q.shape else z,
+        q,
+        torch.cat([out.codes.reshape(-1, *quantizer.code_shape) for _, out in seen]),
+    )
+
 
 def _usage_row(quantizer: Quantizer, p, q, codes) -> dict[str, float]:
     meter = Meter(quantizer.num_codes, quantizer.code_shape)
@@ -209,10 +336,14 @@ def _usage_row(quantizer: Quantizer, p, q, codes) -> dict[str, float]:
     row = meter.compute()
     return {"active_codes": row["usage"] * quantizer.num_codes, **row}
 
+
 def _divergence_row(kind: str, sets: dict[str, Tensor]) -> dict[str, float]:
     twoway = kind in ("nearest", "gaussian_kl")
     pairs = (permutations if twoway else combinations)(sets, 2)
-    return {f"{kind}_{a}{b}": divergence(*(sets[s] if twoway else _few(sets[s]) for s in (a, b)), kind) for a, b in pairs}
+    return {
+        f"{kind}_{a}{b}": divergence(*(sets[s] if twoway else _few(sets[s]) for s in (a, b)), kind)
+        for a, b in pairs
+    }
 
 # %% ../nbs/lib/04_measure.ipynb #f9b60544
 class Monitor:
@@ -222,16 +353,31 @@ class Monitor:
     predicate. kinds: of `divergence`. layers: whether the gap of each layer is recorded too. Raises ValueError for an unknown kind or an empty
     probe, TypeError for another `at`; in a call what `gradient_gap` raises.
     """
-    def __init__(self, loss_fn: Callable[[nn.Module, Tensor, Tensor | None], Tensor], x: Tensor, y: Tensor | None = None,
-                 at: Callable[[int], bool] | Collection[int] = early(), kinds: Sequence[str] = tuple(DIVERGENCES), layers: bool = True):
+
+    def __init__(
+        self,
+        loss_fn: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        y: Tensor | None = None,
+        at: Callable[[int], bool] | Collection[int] = early(),
+        kinds: Sequence[str] = tuple(DIVERGENCES),
+        layers: bool = True,
+    ):
         for kind in kinds:
-            if kind not in DIVERGENCES: raise ValueError(f"kinds must be among {', '.join(DIVERGENCES)}, got {kind!r}")
-        if len(x) == 0: raise ValueError("x must hold at least one input, got none")
-        if not callable(at) and not isinstance(at, Collection): raise TypeError(f"at must be a collection of steps or a function of the step, got {at!r}")
+            if kind not in DIVERGENCES:
+                raise ValueError(f"kinds must be among {', '.join(DIVERGENCES)}, got {kind!r}")
+        if len(x) == 0:
+            raise ValueError("x must hold at least one input, got none")
+        if not callable(at) and not isinstance(at, Collection):
+            raise TypeError(
+                f"at must be a collection of steps or a function of the step, got {at!r}"
+            )
         self.loss_fn, self.x, self.y, self.kinds, self.layers = loss_fn, x, y, tuple(kinds), layers
         self.at = at if callable(at) else at.__contains__
 
-    def __call__(self, model: nn.Module, step: int) -> tuple[dict[str, float], dict[str, float]] | None:
+    def __call__(
+        self, model: nn.Module, step: int
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
         "A row of measures and the seconds that each instrument took; None for a step that is not to be recorded."
         return _look(self, model) if self.at(step) else None
 
@@ -242,18 +388,27 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
+
 def _copy(model: nn.Module, x: Tensor, y: Tensor | None) -> nn.Module:
     "A copy whose quantizers may ask about the probe."
     model = copy.deepcopy(model)
     for q in _outermost(model).values():
-        if isinstance(getattr(q, "rule", None), str): q.attach(lambda v: model.decoder_loss(v, x, y))
+        if isinstance(getattr(q, "rule", None), str):
+            q.attach(lambda v: model.decoder_loss(v, x, y))
     return model
 
-def _through(self: Monitor, model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+
+def _through(
+    self: Monitor, model: nn.Module, x: Tensor, y: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     "What passes through each quantizer of the copy."
     found, seen = _outermost(model), {}
-    for name, q in found.items(): q.register_forward_hook(lambda _, args, out, name=name: seen.setdefault(name, []).append((args[0], out)))
-    with torch.enable_grad(), _same_random(x.device): self.loss_fn(model, x, y)  # upkeep may ask for gradients
+    for name, q in found.items():
+        q.register_forward_hook(
+            lambda _, args, out, name=name: seen.setdefault(name, []).append((args[0], out))
+        )
+    with torch.enable_grad(), _same_random(x.device):
+        self.loss_fn(model, x, y)  # upkeep may ask for gradients
     return {name: _kept(found[name], kept) for name, kept in seen.items()}
 
 # %% ../nbs/lib/04_measure.ipynb #2b2b5342
@@ -263,13 +418,19 @@ def _look(self: Monitor, model: nn.Module) -> tuple[dict[str, float], dict[str, 
     with _timed(seconds, "pass"), _same_random(device):
         x, y = self.x.to(device), None if self.y is None else self.y.to(device)
         model = _copy(model, x, y)
-    with _timed(seconds, "gap"): gap = gradient_gap(model, lambda m, batch: self.loss_fn(m, *batch), (x, y))
-    row = {"gap": gap.total, "gap_relative": gap.relative, "gap_cosine": gap.cosine} | ({f"gap:{k}": v for k, v in gap.layers.items()} if self.layers else {})
-    with _timed(seconds, "pass"): passed = _through(self, model, x, y)
+    with _timed(seconds, "gap"):
+        gap = gradient_gap(model, lambda m, batch: self.loss_fn(m, *batch), (x, y))
+    row = {"gap": gap.total, "gap_relative": gap.relative, "gap_cosine": gap.cosine} | (
+        {f"gap:{k}": v for k, v in gap.layers.items()} if self.layers else {}
+    )
+    with _timed(seconds, "pass"):
+        passed = _through(self, model, x, y)
     for name, (p, q, codes) in passed.items():
         quantizer = model.get_submodule(name)
-        with torch.no_grad(), _timed(seconds, "usage"): parts, sets = _usage_row(quantizer, p, q, codes), _sets(quantizer, p, q, codes)
+        with torch.no_grad(), _timed(seconds, "usage"):
+            parts, sets = _usage_row(quantizer, p, q, codes), _sets(quantizer, p, q, codes)
         for kind in self.kinds:
-            with _timed(seconds, kind): parts |= _divergence_row(kind, sets)
+            with _timed(seconds, kind):
+                parts |= _divergence_row(kind, sets)
         row |= {k if len(passed) == 1 else f"{name}:{k}": v for k, v in parts.items()}
     return row, seconds

@@ -17,34 +17,65 @@ from .base import Quantized, Quantizer
 # %% ../nbs/lib/07_models.ipynb #31c1e6b5
 class ResidualBlock(nn.Module):
     "x + [ReLU, 3x3, BN, ReLU, 1x1, BN] (SQ-VAE); (b, c, h, w) to the same."
+
     def __init__(self, c: int):
         super().__init__()
-        self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 1), nn.BatchNorm2d(c))
+        self.net = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 1),
+            nn.BatchNorm2d(c),
+        )
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]: return x + self.net(x)
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + self.net(x)
 
 # %% ../nbs/lib/07_models.ipynb #38b74fb2
-SIZES = {32: (2, 2, True), 64: (6, 5, False)}  # pixels: blocks of the encoder, of the decoder, BN and ReLU after the third conv
+SIZES = {
+    32: (2, 2, True),
+    64: (6, 5, False),
+}  # pixels: blocks of the encoder, of the decoder, BN and ReLU after the third conv
 
-def _act(c: int) -> list[nn.Module]: return [nn.BatchNorm2d(c), nn.ReLU()]
+
+def _act(c: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(c), nn.ReLU()]
+
 
 def encoder(size: int, c: int) -> nn.Sequential:
     "(b, 3, size, size) to (b, c, size/4, size/4)."
     blocks, _, dressed = SIZES[size]
-    return nn.Sequential(nn.Conv2d(3, c // 2, 4, 2, 1), *_act(c // 2), nn.Conv2d(c // 2, c, 4, 2, 1), *_act(c), nn.Conv2d(c, c, 3, 1, 1),
-                         *(_act(c) if dressed else []), *(ResidualBlock(c) for _ in range(blocks)))
+    return nn.Sequential(
+        nn.Conv2d(3, c // 2, 4, 2, 1),
+        *_act(c // 2),
+        nn.Conv2d(c // 2, c, 4, 2, 1),
+        *_act(c),
+        nn.Conv2d(c, c, 3, 1, 1),
+        *(_act(c) if dressed else []),
+        *(ResidualBlock(c) for _ in range(blocks)),
+    )
+
 
 def decoder(size: int, c: int) -> nn.Sequential:
     "(b, c, size/4, size/4) to (b, 3, size, size), in 0..1."
     _, blocks, _ = SIZES[size]
-    return nn.Sequential(*(ResidualBlock(c) for _ in range(blocks)), nn.ConvTranspose2d(c, c, 3, 1, 1), *_act(c),
-                         nn.ConvTranspose2d(c, c // 2, 4, 2, 1), *_act(c // 2), nn.ConvTranspose2d(c // 2, 3, 4, 2, 1), nn.Sigmoid())
+    return nn.Sequential(
+        *(ResidualBlock(c) for _ in range(blocks)),
+        nn.ConvTranspose2d(c, c, 3, 1, 1),
+        *_act(c),
+        nn.ConvTranspose2d(c, c // 2, 4, 2, 1),
+        *_act(c // 2),
+        nn.ConvTranspose2d(c // 2, 3, 4, 2, 1),
+        nn.Sigmoid(),
+    )
 
 # %% ../nbs/lib/07_models.ipynb #f7899ae0
 class Reconstruction(NamedTuple):
     "What an autoencoder returns."
-    x: Tensor             # (b, 3, h, w) the decoder's picture, in 0..1
-    z: Tensor             # (b, c, h/4, w/4) the encoder's output
+
+    x: Tensor  # (b, 3, h, w) the decoder's picture, in 0..1
+    z: Tensor  # (b, c, h/4, w/4) the encoder's output
     quantized: Quantized  # z_q, codes, loss
 
 # %% ../nbs/lib/07_models.ipynb #df4e996c
@@ -53,41 +84,62 @@ class Autoencoder(nn.Module):
 
     size: 32 or 64 pixels. channels: even. Convolutions start at N(0, 0.02), as in SQ-VAE. Raises ValueError for another size or width.
     """
+
     def __init__(self, quantizer: Quantizer, size: int = 32, channels: int = 64):
         super().__init__()
-        if size not in SIZES: raise ValueError(f"size must be one of {sorted(SIZES)} pixels, got {size}")
-        if channels < 2 or channels % 2: raise ValueError(f"channels must be even and at least 2, got {channels}")
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {sorted(SIZES)} pixels, got {size}")
+        if channels < 2 or channels % 2:
+            raise ValueError(f"channels must be even and at least 2, got {channels}")
         if quantizer.dim != channels or quantizer.channel_dim not in (1, -3):
-            raise ValueError(f"quantizer must have dim={channels} and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}")
-        self.encoder, self.quantizer, self.decoder = encoder(size, channels), quantizer, decoder(size, channels)
+            raise ValueError(
+                f"quantizer must have dim={channels} and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}"
+            )
+        self.encoder, self.quantizer, self.decoder = (
+            encoder(size, channels),
+            quantizer,
+            decoder(size, channels),
+        )
         for m in (*self.encoder.modules(), *self.decoder.modules()):
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.normal_(m.weight, 0.0, 0.02); nn.init.zeros_(m.bias)
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+                nn.init.zeros_(m.bias)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Reconstruction:
         z = self.encoder(x)
         quantized = self.quantizer(z)
         return Reconstruction(self.decoder(quantized.z_q), z, quantized)
 
-    def task_loss(self, prediction: Float[Tensor, "b 3 h w"], x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+    def task_loss(
+        self, prediction: Float[Tensor, "b 3 h w"], x: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, ""]:
         "The mean squared error, as the quantizer's objective takes it."
         return self.quantizer.objective(F.mse_loss(prediction.float(), x), x[0].numel())
 
-    def decoder_loss(self, v: Float[Tensor, "b c h w"], x: Float[Tensor, "b 3 h w"], y: Tensor | None = None) -> Float[Tensor, ""]:
+    def decoder_loss(
+        self, v: Float[Tensor, "b c h w"], x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
+    ) -> Float[Tensor, ""]:
         "The task's loss with v at the decoder's input, for rules that ask the decoder."
         return self.task_loss(self.decoder(v), x)
 
 # %% ../nbs/lib/07_models.ipynb #038c409a
-def reconstruction_loss(model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def reconstruction_loss(
+    model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     "The task's loss (the mean squared error, unless the quantizer has its own objective) plus the quantizer's, and both apart; for `fit`."
     out = model(x)
     task = model.task_loss(out.x, x)
-    return task + out.quantized.loss, {"task_loss": task.detach(), "quantizer_loss": out.quantized.loss.detach()}
+    return task + out.quantized.loss, {
+        "task_loss": task.detach(),
+        "quantizer_loss": out.quantized.loss.detach(),
+    }
 
 # %% ../nbs/lib/07_models.ipynb #c06ff03c
 class Classification(NamedTuple):
     "What a classifier returns."
-    logits: Tensor        # (b, classes)
-    z: Tensor             # (b, 128, h/8, w/8) the output of layer2
+
+    logits: Tensor  # (b, classes)
+    z: Tensor  # (b, 128, h/8, w/8) the output of layer2
     quantized: Quantized  # z_q, codes, loss
 
 # %% ../nbs/lib/07_models.ipynb #b80d686e
@@ -97,35 +149,56 @@ class Classifier(nn.Module):
     Pictures (b, 3, h, w) are in 0..1, of 32 pixels or more, and normalised by ImageNet's means and deviations. Raises ValueError for a
     quantizer of another width or fewer than 2 classes.
     """
+
     def __init__(self, quantizer: Quantizer, num_classes: int):
         super().__init__()
-        if num_classes < 2: raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if quantizer.dim != 128 or quantizer.channel_dim not in (1, -3):
-            raise ValueError(f"quantizer must have dim=128 and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}")
+            raise ValueError(
+                f"quantizer must have dim=128 and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}"
+            )
         from torchvision.models import resnet18
         from torchvision.transforms import Normalize
+
         net = resnet18(num_classes=num_classes)
         normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.encoder = nn.Sequential(normalize, net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2)
-        self.quantizer, self.decoder = quantizer, nn.Sequential(net.layer3, net.layer4, net.avgpool, nn.Flatten(), net.fc)
+        self.encoder = nn.Sequential(
+            normalize, net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2
+        )
+        self.quantizer, self.decoder = (
+            quantizer,
+            nn.Sequential(net.layer3, net.layer4, net.avgpool, nn.Flatten(), net.fc),
+        )
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Classification:
         z = self.encoder(x)
         quantized = self.quantizer(z)
         return Classification(self.decoder(quantized.z_q), z, quantized)
 
-    def decoder_loss(self, v: Float[Tensor, "b 128 h w"], x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]) -> Float[Tensor, ""]:
+    def decoder_loss(
+        self, v: Float[Tensor, "b 128 h w"], x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
+    ) -> Float[Tensor, ""]:
         "The task's loss with v in the place of the quantized vectors, for rules that ask the decoder: cross-entropy in nats."
         return F.cross_entropy(self.decoder(v).float(), y)
 
 # %% ../nbs/lib/07_models.ipynb #45945b1f
-def classification_loss(model: Classifier, x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]) -> tuple[Tensor, dict[str, Tensor]]:
+def classification_loss(
+    model: Classifier, x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
+) -> tuple[Tensor, dict[str, Tensor]]:
     "Cross-entropy (nats) plus the quantizer's loss, both apart, and the share of right answers; for `fit`."
     out = model(x)
     task = F.cross_entropy(out.logits.float(), y)
     right = (out.logits.detach().argmax(1) == y).float().mean()
-    return task + out.quantized.loss, {"task_loss": task.detach(), "quantizer_loss": out.quantized.loss.detach(), "train_accuracy": right}
+    return task + out.quantized.loss, {
+        "task_loss": task.detach(),
+        "quantizer_loss": out.quantized.loss.detach(),
+        "train_accuracy": right,
+    }
 
-def quantized_task(model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None) -> Float[Tensor, ""]:
+
+def quantized_task(
+    model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
+) -> Float[Tensor, ""]:
     "The task's loss alone of an Autoencoder or Classifier, through its quantizer; for `gradient_gap` and `Monitor`."
     return model.decoder_loss(model.quantizer(model.encoder(x)).z_q, x, y)

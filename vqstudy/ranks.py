@@ -16,17 +16,23 @@ def ranks() -> int:
     "How many processes train together; 1 where torch.distributed is not initialised."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+
 def total(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "The sum of x over all processes."
-    if ranks() == 1: return x
+    if ranks() == 1:
+        return x
     x = x.clone()
     dist.all_reduce(x)
     return x
 
+
 def from_first(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "What the first process has, on all of them; x is overwritten by it."
-    if ranks() == 1: return x
-    reached = dist.get_backend_config()  # such as "cuda:nccl", which cannot send what a model built on the CPU holds
+    if ranks() == 1:
+        return x
+    reached = (
+        dist.get_backend_config()
+    )  # such as "cuda:nccl", which cannot send what a model built on the CPU holds
     sent = x if x.device.type in reached else x.to(reached.split(":")[0])
     dist.broadcast(sent, 0)
     return x.copy_(sent)
@@ -34,7 +40,8 @@ def from_first(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
 # %% ../nbs/lib/01a_ranks.ipynb #5851b69a
 def joint_mean(mean: Float[Tensor, "..."], n: int) -> Float[Tensor, "..."]:
     "The mean over the joined batch, of this process's mean over n."
-    if ranks() == 1: return mean
+    if ranks() == 1:
+        return mean
     joined = total(mean.detach() * n) / total(mean.new_full((), n))
     return joined + (mean - mean.detach())
 
@@ -45,9 +52,11 @@ def _sizes(z: Float[Tensor, "n d"]) -> list[int]:
     counts[dist.get_rank()] = len(z)
     return total(counts).tolist()
 
+
 def joined(z: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
     "The vectors of all processes, in the order of their ranks."
-    if ranks() == 1: return z
+    if ranks() == 1:
+        return z
     sizes = _sizes(z)
     padded = torch.cat([z, z.new_zeros(max(sizes) - len(z), z.shape[1])])
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -58,8 +67,11 @@ def joined(z: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
 def draw(z: Float[Tensor, "n d"], num: int) -> Float[Tensor, "num d"]:
     "`num` vectors of the (joined) batch in random order: without repeats where there are enough, otherwise each in turn."
     sizes = [len(z)] if ranks() == 1 else _sizes(z)
-    order = from_first(torch.randperm(sum(sizes), device=z.device))[torch.arange(num, device=z.device) % sum(sizes)]
-    if len(sizes) == 1: return z[order]
-    mine = order - sum(sizes[:dist.get_rank()])
+    order = from_first(torch.randperm(sum(sizes), device=z.device))[
+        torch.arange(num, device=z.device) % sum(sizes)
+    ]
+    if len(sizes) == 1:
+        return z[order]
+    mine = order - sum(sizes[: dist.get_rank()])
     own = (mine >= 0) & (mine < len(z))
     return total(torch.where(own[:, None], z[mine.clamp(0, len(z) - 1)], 0.0))

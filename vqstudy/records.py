@@ -23,6 +23,7 @@ def write(path: Path, content: bytes | str) -> None:
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(draft, path)
 
+
 @contextmanager
 def locked(path: Path, wait: float = 20.0) -> Iterator[None]:
     "Hold an exclusive lock on a file. Raises TimeoutError after `wait` seconds."
@@ -30,35 +31,59 @@ def locked(path: Path, wait: float = 20.0) -> Iterator[None]:
     with open(path, "w") as file:
         end = time.monotonic() + wait
         while True:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                if time.monotonic() > end: raise TimeoutError(f"another process holds {path.name} (waited {wait:g} s)") from None
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"another process holds {path.name} (waited {wait:g} s)"
+                    ) from None
                 time.sleep(0.1)
         yield
 
 # %% ../nbs/lib/10b_records.ipynb #76fcb834
-PACKAGES = ("torch", "numpy", "torchvision", "scipy", "scikit-learn", "scikit-image", "pandas", "torchmetrics", "lpips", "papermill")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "torchvision",
+    "scipy",
+    "scikit-learn",
+    "scikit-image",
+    "pandas",
+    "torchmetrics",
+    "lpips",
+    "papermill",
+)
+
 
 def _git(*words: str) -> str | None:
     "What git says about the repository; None outside one."
-    try: done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True)
-    except FileNotFoundError: return None
+    try:
+        done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 # %% ../nbs/lib/10b_records.ipynb #49d148e1
 def _versions() -> dict[str, str]:
     "Versions of Python, this project and the packages it stands on, as far as they are installed."
     import vqstudy
+
     found = {"python": platform.python_version(), "vqstudy": vqstudy.__version__}
     for name in PACKAGES:
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return found
+
 
 def device() -> str:
     "The name of the accelerator if this process has used one, else of the processor."
     torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized(): return torch.cuda.get_device_name()
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
     return (names + [platform.processor() or platform.machine()])[0]
@@ -68,28 +93,47 @@ def now() -> str:
     "The time in UTC, to the second."
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
+
 def provenance(notebook: str | Path, started: str) -> dict[str, Any]:
     "Where a record comes from: commit, code, packages, device, threads, sweep and scale, start and end in UTC."
     torch, status = sys.modules.get("torch"), _git("status", "--porcelain", "--untracked-files=no")
-    return dict(fingerprint=fingerprint(notebook), notebook=notebook_path(notebook).stem,
-                commit=_git("rev-parse", "HEAD"), dirty=None if status is None else bool(status), versions=_versions(), device=device(),
-                threads=torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
-                sweep=os.environ.get("VQSTUDY_SWEEP"), scale=os.environ.get("VQSTUDY_SCALE"), started=started, finished=now())
+    return dict(
+        fingerprint=fingerprint(notebook),
+        notebook=notebook_path(notebook).stem,
+        commit=_git("rev-parse", "HEAD"),
+        dirty=None if status is None else bool(status),
+        versions=_versions(),
+        device=device(),
+        threads=torch.get_num_threads()
+        if torch
+        else int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
+        sweep=os.environ.get("VQSTUDY_SWEEP"),
+        scale=os.environ.get("VQSTUDY_SCALE"),
+        started=started,
+        finished=now(),
+    )
+
 
 def memory() -> dict[str, float | None]:
     "The most memory this process has held so far, in MB: the host's, and the accelerator's (None where it used none)."
     torch, unit = sys.modules.get("torch"), 1 if sys.platform == "darwin" else 1024
     used = bool(torch and torch.cuda.is_initialized())
-    return dict(host_peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1),
-                device_peak_mb=round(torch.cuda.max_memory_allocated() / 1e6, 1) if used else None)
+    return dict(
+        host_peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1),
+        device_peak_mb=round(torch.cuda.max_memory_allocated() / 1e6, 1) if used else None,
+    )
 
 # %% ../nbs/lib/10b_records.ipynb #d28e0c76
 def number(name: str, value: Any) -> int | float | None:
     "A plain number from a Python, NumPy or one-element tensor value; None if it is not finite. Raises TypeError for anything else."
-    try: plain = value.item() if hasattr(value, "item") else value
-    except (ValueError, RuntimeError): plain = None
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):
+        plain = None
     if plain is None and value is not None or not isinstance(plain, (int, float, type(None))):
-        raise TypeError(f"{name!r} was given {value!r}, of type {type(value).__name__}; it takes one number")
+        raise TypeError(
+            f"{name!r} was given {value!r}, of type {type(value).__name__}; it takes one number"
+        )
     return plain if plain is not None and math.isfinite(plain) else None
 
 # %% ../nbs/lib/10b_records.ipynb #d7e97106
@@ -97,26 +141,33 @@ def picture(samples: Any, limit: int = 100_000) -> bytes:
     "A PNG below `limit` bytes of images (2, m, 3, h, w), uint8: originals above reconstructions. Raises ValueError for another shape or type."
     from PIL import Image
     import numpy
+
     x = numpy.asarray(samples.cpu() if hasattr(samples, "cpu") else samples)
     if x.ndim != 5 or x.shape[0] != 2 or x.shape[2] != 3 or x.dtype != numpy.uint8:
-        raise ValueError(f"samples has shape {x.shape} and type {x.dtype}; it takes (2, m, 3, h, w) of uint8")
+        raise ValueError(
+            f"samples has shape {x.shape} and type {x.dtype}; it takes (2, m, 3, h, w) of uint8"
+        )
     whole = Image.fromarray(x.transpose(0, 3, 1, 4, 2).reshape(2 * x.shape[3], -1, 3))
     for factor in (1, 2, 4, 8, 16):
         small = whole.reduce(factor)
         for image in (small, small.quantize(256)):
             image.save(file := io.BytesIO(), "PNG", optimize=True)
-            if file.tell() < limit: return file.getvalue()
+            if file.tell() < limit:
+                return file.getvalue()
     raise ValueError(f"samples of shape {x.shape} do not fit into {limit} bytes; give fewer")
 
 # %% ../nbs/lib/10b_records.ipynb #35f4269e
 def text(value: Any) -> str:
     "A value as a field of a table."
-    if value is None or isinstance(value, float) and not math.isfinite(value): return ""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return ""
     return json.dumps(value, sort_keys=True) if isinstance(value, (list, dict)) else str(value)
+
 
 def merged(*names: Iterable[str]) -> list[str]:
     "Names in the order in which they first appear."
     return list(dict.fromkeys(name for group in names for name in group))
+
 
 def write_table(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) -> None:
     "Write rows as CSV, at once."
@@ -126,55 +177,99 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: Iterable[str]) 
     table.writerows({name: text(value) for name, value in row.items()} for row in rows)
     write(path, file.getvalue())
 
+
 def read_table(path: Path) -> list[dict[str, str]]:
     "The rows of a CSV as text; none if there is no such file."
-    if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 # %% ../nbs/lib/10b_records.ipynb #ad77d9eb
 STATUS = ("done", "diverged", "failed")
 
-def make_record(cell: str, parameters: dict[str, Any], provenance: dict[str, Any], status: str = "done", metrics: dict[str, Any] = {},
-                cost: dict[str, Any] = {}, error: str = "") -> dict[str, Any]:
+
+def make_record(
+    cell: str,
+    parameters: dict[str, Any],
+    provenance: dict[str, Any],
+    status: str = "done",
+    metrics: dict[str, Any] = {},
+    cost: dict[str, Any] = {},
+    error: str = "",
+) -> dict[str, Any]:
     "The content of a record.json. Raises ValueError for an unknown status or a name used twice, TypeError for a metric that is no number."
-    if status not in STATUS: raise ValueError(f"status was given {status!r}; allowed: {', '.join(STATUS)}")
+    if status not in STATUS:
+        raise ValueError(f"status was given {status!r}; allowed: {', '.join(STATUS)}")
     names = [*parameters, *metrics, *cost]
-    twice = ", ".join(sorted({repr(name) for name in names if names.count(name) > 1} | {repr(n) for n in (*metrics, *cost) if n in IDENTITY}))
-    if twice: raise ValueError(f"{twice}: parameters, metrics and cost share one table; give every column a name of its own")
-    return dict(cell=cell, status=status, parameters=parameters, metrics={k: number(k, v) for k, v in metrics.items()},
-                cost={k: number(k, v) for k, v in cost.items()}, provenance=provenance) | (dict(error=error) if error else {})
+    twice = ", ".join(
+        sorted(
+            {repr(name) for name in names if names.count(name) > 1}
+            | {repr(n) for n in (*metrics, *cost) if n in IDENTITY}
+        )
+    )
+    if twice:
+        raise ValueError(
+            f"{twice}: parameters, metrics and cost share one table; give every column a name of its own"
+        )
+    return dict(
+        cell=cell,
+        status=status,
+        parameters=parameters,
+        metrics={k: number(k, v) for k, v in metrics.items()},
+        cost={k: number(k, v) for k, v in cost.items()},
+        provenance=provenance,
+    ) | (dict(error=error) if error else {})
 
 # %% ../nbs/lib/10b_records.ipynb #77d2f780
-def save_record(folder: Path, record: dict[str, Any], history: list[dict[str, Any]] = [], samples: Any = None) -> None:
+def save_record(
+    folder: Path, record: dict[str, Any], history: list[dict[str, Any]] = [], samples: Any = None
+) -> None:
     "Write a record's folder, `record.json` last. Raises TypeError for a history that is not all numbers."
     (folder / "record.json").unlink(missing_ok=True)
     rows = [{name: number(name, value) for name, value in row.items()} for row in history]
     write_table(folder / "history.csv", rows, merged(*rows))
-    if samples is not None: write(folder / "samples.png", picture(samples))
-    write(folder / "record.json", json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    if samples is not None:
+        write(folder / "samples.png", picture(samples))
+    write(
+        folder / "record.json", json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    )
 
 # %% ../nbs/lib/10b_records.ipynb #be3be253
 IDENTITY = ("cell", "sweep", "scale", "dataset", "method", "seed", "status")
 
+
 def read_record(path: Path) -> dict[str, Any] | None:
     "A record.json or failed.json; None if there is none or it is no record."
-    try: record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
-    return record if isinstance(record, dict) and {"cell", "status", "parameters", "metrics", "provenance"} <= record.keys() else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return (
+        record
+        if isinstance(record, dict)
+        and {"cell", "status", "parameters", "metrics", "provenance"} <= record.keys()
+        else None
+    )
 
 # %% ../nbs/lib/10b_records.ipynb #9993def8
 def found(cell: Cell) -> dict[str, Any] | None:
     "What a cell has left here: its record by the current code, else the note of its failure, else its record by other code, else None."
     record = read_record(cell.folder / "record.json")
-    if record and record["cell"] != cell.id: record = None
-    if record and record["provenance"].get("fingerprint") == cell.fingerprint: return record
+    if record and record["cell"] != cell.id:
+        record = None
+    if record and record["provenance"].get("fingerprint") == cell.fingerprint:
+        return record
     return read_record(cell.work / "failed.json") or record
+
 
 def state(cell: Cell) -> str:
     "`done`, `failed`, `stale` or `missing`: what this machine has of a cell."
     record = found(cell)
-    if record is None: return "missing"
-    if record["status"] == "failed": return "failed"
+    if record is None:
+        return "missing"
+    if record["status"] == "failed":
+        return "failed"
     return "done" if record["provenance"].get("fingerprint") == cell.fingerprint else "stale"
 
 # %% ../nbs/lib/10b_records.ipynb #a5c78d97
@@ -182,18 +277,28 @@ def results_folder(scale: str) -> Path:
     "Where the tables of a scale lie."
     return root() / "data" / ("runs/smoke/results" if scale == "smoke" else "results")
 
+
 def _row(cell: Cell, record: dict[str, Any]) -> dict[str, str]:
     "A record as a row of its sweep's table."
     head = {name: record["parameters"].get(name) for name in IDENTITY}
     head |= dict(cell=cell.id, sweep=cell.sweep, scale=cell.scale, status=record["status"])
-    rest = {**record["parameters"], **record["metrics"], **record["cost"], "fingerprint": record["provenance"]["fingerprint"]}
+    rest = {
+        **record["parameters"],
+        **record["metrics"],
+        **record["cost"],
+        "fingerprint": record["provenance"]["fingerprint"],
+    }
     return {name: text(value) for name, value in (rest | head).items()}
+
 
 def _replaces(cell: Cell, new: dict[str, str], old: dict[str, str] | None) -> bool:
     "Whether a new row takes the place of the one that the table has."
-    if old is None or old["status"] == "failed": return True
-    if new["status"] == "failed": return False
+    if old is None or old["status"] == "failed":
+        return True
+    if new["status"] == "failed":
+        return False
     return new["fingerprint"] == cell.fingerprint or old["fingerprint"] != cell.fingerprint
+
 
 def _order(row: dict[str, str]) -> tuple:
     "The place of a row in its table: scale, dataset, method, seed as a number, cell."
@@ -204,29 +309,61 @@ def slug(*words: str) -> str:
     "A file name of words: lower case, everything else a hyphen."
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words if word)
 
-def _keep_samples(folder: Path, cell: Cell, row: dict[str, str], kept: dict[str, Any], planned: set[str]) -> None:
+
+def _keep_samples(
+    folder: Path, cell: Cell, row: dict[str, str], kept: dict[str, Any], planned: set[str]
+) -> None:
     "Keep a cell's picture if it has the lowest seed of its scale, dataset and method so far; that of a cell which is planned no longer gives way."
-    source, name = cell.folder / "samples.png", slug(row["scale"], row["dataset"], row["method"]) + ".png"
+    source, name = (
+        cell.folder / "samples.png",
+        slug(row["scale"], row["dataset"], row["method"]) + ".png",
+    )
     rank = [int(row["seed"] or -1), row["cell"]]
-    if not source.is_file() or name in kept and kept[name]["rank"][1] in planned and kept[name]["rank"] < rank: return
+    if (
+        not source.is_file()
+        or name in kept
+        and kept[name]["rank"][1] in planned
+        and kept[name]["rank"] < rank
+    ):
+        return
     write(folder / "samples" / cell.sweep / name, source.read_bytes())
     kept[name] = dict(rank=rank) | {key: row[key] for key in ("scale", "dataset", "method")}
 
+
 def _read_notes(path: Path) -> dict[str, Any]:
     "What stands beside a table: provenance by scale and cell, the columns by kind, the pictures kept."
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(cells={}, columns={}, samples={})
+    return (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else dict(cells={}, columns={}, samples={})
+    )
 
 # %% ../nbs/lib/10b_records.ipynb #67fecf7d
-def _merge(cell: Cell, record: dict[str, Any], rows: dict, history: dict, notes: dict[str, Any]) -> bool:
+def _merge(
+    cell: Cell, record: dict[str, Any], rows: dict, history: dict, notes: dict[str, Any]
+) -> bool:
     "Merge one record into the rows, histories and notes of its sweep; False if what is there is better."
     key, row = (cell.scale, cell.id), _row(cell, record)
-    if not _replaces(cell, row, rows.get(key)): return False
+    if not _replaces(cell, row, rows.get(key)):
+        return False
     whole = record["status"] != "failed"
     rows[key] = row
-    history[key] = [dict(cell=cell.id, scale=cell.scale) | line for line in read_table(cell.folder / "history.csv")] if whole else []
+    history[key] = (
+        [
+            dict(cell=cell.id, scale=cell.scale) | line
+            for line in read_table(cell.folder / "history.csv")
+        ]
+        if whole
+        else []
+    )
     notes["cells"].setdefault(cell.scale, {})[cell.id] = record["provenance"]
-    kinds = {kind: record[kind] for kind in ("parameters", "metrics", "cost")} | {"history": merged(*history[key])}
-    for kind, names in kinds.items(): notes["columns"][kind] = merged(notes["columns"].get(kind, []), sorted(names) if kind != "history" else names)
+    kinds = {kind: record[kind] for kind in ("parameters", "metrics", "cost")} | {
+        "history": merged(*history[key])
+    }
+    for kind, names in kinds.items():
+        notes["columns"][kind] = merged(
+            notes["columns"].get(kind, []), sorted(names) if kind != "history" else names
+        )
     return True
 
 # %% ../nbs/lib/10b_records.ipynb #1b61252a
@@ -237,62 +374,102 @@ def collect(name: str, scale: str) -> Path:
     with locked(root() / "data" / "runs" / ".collect.lock", 60):
         notes, history = _read_notes(beside), {}
         rows = {(row["scale"], row["cell"]): row for row in read_table(table)}
-        for line in read_table(story): history.setdefault((line["scale"], line["cell"]), []).append(line)
+        for line in read_table(story):
+            history.setdefault((line["scale"], line["cell"]), []).append(line)
         for cell in cells:
             record = found(cell)
-            if record and _merge(cell, record, rows, history, notes) and sweep(name)["figures"]: _keep_samples(folder, cell, rows[scale, cell.id], notes["samples"], {c.id for c in cells})
+            if record and _merge(cell, record, rows, history, notes) and sweep(name)["figures"]:
+                _keep_samples(
+                    folder, cell, rows[scale, cell.id], notes["samples"], {c.id for c in cells}
+                )
         ordered, columns = sorted(rows.values(), key=_order), notes["columns"]
         named = [columns.get(kind, []) for kind in ("parameters", "metrics", "cost")]
         write(beside, json.dumps(notes, indent=1, sort_keys=True) + "\n")
-        write_table(story, [line for row in ordered for line in history.get((row["scale"], row["cell"]), [])], merged(("cell", "scale"), columns.get("history", [])))
+        write_table(
+            story,
+            [line for row in ordered for line in history.get((row["scale"], row["cell"]), [])],
+            merged(("cell", "scale"), columns.get("history", [])),
+        )
         write_table(table, ordered, merged(IDENTITY, *named, ("fingerprint",)))
     return table
 
 # %% ../nbs/lib/10b_records.ipynb #0f8a0944
 def in_results(cells: list[Cell]) -> dict[str, str]:
     "By cell id: `current`, `stale` or `missing`, for the rows that the tables have of these cells (all of one sweep and scale)."
-    if not cells: return {}
+    if not cells:
+        return {}
     table = read_table(results_folder(cells[0].scale) / f"{cells[0].sweep}.csv")
-    rows = {row["cell"]: row for row in table if row["scale"] == cells[0].scale and row["status"] != "failed"}
+    rows = {
+        row["cell"]: row
+        for row in table
+        if row["scale"] == cells[0].scale and row["status"] != "failed"
+    }
     good = {cell.id: rows.get(cell.id, {}).get("fingerprint") == cell.fingerprint for cell in cells}
-    return {cell.id: "current" if good[cell.id] else "stale" if cell.id in rows else "missing" for cell in cells}
+    return {
+        cell.id: "current" if good[cell.id] else "stale" if cell.id in rows else "missing"
+        for cell in cells
+    }
 
 # %% ../nbs/lib/10b_records.ipynb #aa521545
 def _frame(path: Path, scale: str):
     "The rows of a scale of a table, as a pandas DataFrame."
     import pandas
-    if not path.is_file(): raise FileNotFoundError(f"no results at scale {scale}: {path.name} is missing; run `make study SCALE={scale}` first")
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no results at scale {scale}: {path.name} is missing; run `make study SCALE={scale}` first"
+        )
     table = pandas.read_csv(path, keep_default_na=False, na_values=[""])
     return table[table["scale"] == scale].reset_index(drop=True)
+
 
 def results(name: str, scale: str):
     "The rows of a sweep at a scale, one a cell and seed, as a pandas DataFrame. Raises FileNotFoundError."
     return _frame(results_folder(scale) / f"{name}.csv", scale)
 
+
 def histories(name: str, scale: str):
     "The training curves of a sweep at a scale: columns cell, scale, and those of `history.csv`. Raises FileNotFoundError."
     return _frame(results_folder(scale) / f"{name}.history.csv", scale)
+
 
 def samples(name: str, scale: str) -> dict[tuple[str, str], Path]:
     "The pictures kept of a sweep at a scale, by (dataset, method): PNG, originals above reconstructions."
     folder = results_folder(scale)
     kept = _read_notes(folder / f"{name}.json")["samples"]
-    return {(note["dataset"], note["method"]): folder / "samples" / name / file for file, note in sorted(kept.items()) if note["scale"] == scale}
+    return {
+        (note["dataset"], note["method"]): folder / "samples" / name / file
+        for file, note in sorted(kept.items())
+        if note["scale"] == scale
+    }
 
 # %% ../nbs/lib/10b_records.ipynb #e5f2e8e1
 def _plain(name: str, value: Any) -> dict[str, float | int | None]:
     "An exact number, or a named tuple with effect (or mean), low, high and n, as a dict of numbers of six digits."
-    given = value._asdict() if hasattr(value, "_asdict") else dict(effect=value, low=value, high=value, n=0)
-    given = {"effect" if key == "mean" else key: number(f"{name}.{key}", x) for key, x in given.items()}
+    given = (
+        value._asdict()
+        if hasattr(value, "_asdict")
+        else dict(effect=value, low=value, high=value, n=0)
+    )
+    given = {
+        "effect" if key == "mean" else key: number(f"{name}.{key}", x) for key, x in given.items()
+    }
     return {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in given.items()}
+
 
 def evidence(stem: str, found: dict[str, Any], scale: str = "") -> Path:
     """Keep what the figure notebook `stem` found on claims, {claim id: exact number, Interval or Contrast}, for the ledger. scale: of the results it read; empty for a toy.
 
     Raises FileNotFoundError if there is no such notebook, ValueError for no claim, TypeError for what is no number.
     """
-    if not found: raise ValueError(f"evidence of {stem}: found is empty; it takes at least one claim")
-    whole = dict(notebook=stem, fingerprint=fingerprint(root() / "nbs" / "figs" / f"{stem}.ipynb"), scale=scale or "toy", claims={name: _plain(name, value) for name, value in found.items()})
+    if not found:
+        raise ValueError(f"evidence of {stem}: found is empty; it takes at least one claim")
+    whole = dict(
+        notebook=stem,
+        fingerprint=fingerprint(root() / "nbs" / "figs" / f"{stem}.ipynb"),
+        scale=scale or "toy",
+        claims={name: _plain(name, value) for name, value in found.items()},
+    )
     path = results_folder(scale) / "toys" / f"{stem}.json"
     write(path, json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return path
@@ -301,12 +478,20 @@ def evidence(stem: str, found: dict[str, Any], scale: str = "") -> Path:
 def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
     "All evidence that figure notebooks have left, by claim: figure, scale, current (whether by the notebook's present code), contrast. Raises FileNotFoundError for evidence without its notebook, ValueError for a claim with two."
     from vqstudy.stats import Contrast
+
     claims: dict[str, dict[str, Any]] = {}
     for path in sorted((results_folder(scale) / "toys").glob("*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
-        current = whole["fingerprint"] == fingerprint(root() / "nbs" / "figs" / f"{path.stem}.ipynb")
+        current = whole["fingerprint"] == fingerprint(
+            root() / "nbs" / "figs" / f"{path.stem}.ipynb"
+        )
         for name, values in whole["claims"].items():
-            if name in claims: raise ValueError(f"claim {name}: {claims[name]['figure']} and {path.stem} both give evidence; one must decide")
+            if name in claims:
+                raise ValueError(
+                    f"claim {name}: {claims[name]['figure']} and {path.stem} both give evidence; one must decide"
+                )
             contrast = Contrast(**{key: math.nan if x is None else x for key, x in values.items()})
-            claims[name] = dict(figure=path.stem, scale=whole["scale"], current=current, contrast=contrast)
+            claims[name] = dict(
+                figure=path.stem, scale=whole["scale"], current=current, contrast=contrast
+            )
     return claims

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from .measure import Meter
 
 # %% ../nbs/lib/09_scores.ipynb #de6811d0
-def as_float(x: UInt8[Tensor, "b 3 h w"], device: torch.device | str | None = None) -> Float[Tensor, "b 3 h w"]:
+def as_float(
+    x: UInt8[Tensor, "b 3 h w"], device: torch.device | str | None = None
+) -> Float[Tensor, "b 3 h w"]:
     "Bytes to 0..1, on the device."
     return x.to(device).float() / 255
+
 
 def device_of(model: nn.Module) -> torch.device:
     "Where the model's parameters are."
@@ -22,24 +25,38 @@ def device_of(model: nn.Module) -> torch.device:
 
 # %% ../nbs/lib/09_scores.ipynb #938fb22c
 @torch.no_grad()
-def reconstruction_scores(model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_size: int = 250) -> dict[str, float]:
+def reconstruction_scores(
+    model: nn.Module, x: UInt8[Tensor, "n 3 h w"], batch_size: int = 250
+) -> dict[str, float]:
     """mse, psnr (dB), ssim, usage, perplexity, quantization_error and relative_error of an autoencoder on pictures x.
 
     The model is measured in eval mode and left in the mode that it came in. Raises ValueError for no pictures at all.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
-    if len(x) == 0: raise ValueError("x must hold at least one picture, got none")
+
+    if len(x) == 0:
+        raise ValueError("x must hold at least one picture, got none")
     quantizer, training = model.quantizer, model.training
-    meter, sums = Meter(quantizer.num_codes, quantizer.code_shape), torch.zeros(3, dtype=torch.float64, device=device_of(model))
+    meter, sums = (
+        Meter(quantizer.num_codes, quantizer.code_shape),
+        torch.zeros(3, dtype=torch.float64, device=device_of(model)),
+    )
     model.eval()
     for batch in x.split(batch_size):
         picture = as_float(batch, device_of(model))
         out = model(picture)
-        z, q = (t.movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim) for t in (out.z, out.quantized.z_q))
-        compared = quantizer.prepare(z)  # normalised, say; a lattice compares at another width, and is then measured at z's own
+        z, q = (
+            t.movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim)
+            for t in (out.z, out.quantized.z_q)
+        )
+        compared = quantizer.prepare(
+            z
+        )  # normalised, say; a lattice compares at another width, and is then measured at z's own
         meter.update(compared if compared.shape == q.shape else z, q, out.quantized.codes)
         error = (out.x.double() - picture.double()).pow(2).mean((1, 2, 3))
-        ssim = structural_similarity_index_measure(out.x.float(), picture, data_range=1.0, reduction="none")
+        ssim = structural_similarity_index_measure(
+            out.x.float(), picture, data_range=1.0, reduction="none"
+        )
         sums += torch.stack([error.sum(), -10 * error.log10().sum(), ssim.double().sum()])
     model.train(training)
     mse, psnr, ssim = (sums / len(x)).tolist()

@@ -14,23 +14,36 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 # %% ../nbs/lib/00_search.ipynb #02b061ff
-def check_vectors(name: str, x: Tensor, dim: int | None = None, check_finite: bool | None = None) -> None:
+def check_vectors(
+    name: str, x: Tensor, dim: int | None = None, check_finite: bool | None = None
+) -> None:
     "Raise unless `x` is a floating tensor `(..., dim)`, not empty and (CPU, eager, or `check_finite=True`) finite."
-    if not isinstance(x, Tensor): raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point(): raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}")
-    if x.ndim < 1 or x.numel() == 0: raise ValueError(f"{name} must hold at least one vector, got shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}")
+    if x.ndim < 1 or x.numel() == 0:
+        raise ValueError(f"{name} must hold at least one vector, got shape {tuple(x.shape)}")
     if dim is not None and x.shape[-1] != dim:
         raise ValueError(f"{name} must have vectors of width {dim}, got shape {tuple(x.shape)}")
-    if check_finite is None: check_finite = x.device.type == "cpu"
+    if check_finite is None:
+        check_finite = x.device.type == "cpu"
     if check_finite and not torch.compiler.is_compiling():
         low, high = x.detach().aminmax()  # NaN reaches both, and no mask of the size of x is made
-        if not (low.isfinite() and high.isfinite()): raise ValueError(f"{name} must be finite, got NaN or infinity in it")
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity in it")
 
 # %% ../nbs/lib/00_search.ipynb #bf617ea4
 def _power(x: Tensor, dtype: torch.dtype) -> Float[Tensor, ""]:
     "The power of two that brings the largest number of x just below 1 (bounded, so that its square is finite)."
-    limit, (low, high) = 100 if dtype == torch.float32 else 900, x.aminmax()  # abs() would be a second codebook
-    return torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -torch.frexp(torch.maximum(-low, high).to(dtype)).exponent.clamp(-limit, limit))
+    limit, (low, high) = (
+        100 if dtype == torch.float32 else 900,
+        x.aminmax(),
+    )  # abs() would be a second codebook
+    return torch.ldexp(
+        torch.ones((), dtype=dtype, device=x.device),
+        -torch.frexp(torch.maximum(-low, high).to(dtype)).exponent.clamp(-limit, limit),
+    )
 
 
 def _unit(c: Float[Tensor, "c d"]) -> Float[Tensor, "c d"]:
@@ -40,7 +53,9 @@ def _unit(c: Float[Tensor, "c d"]) -> Float[Tensor, "c d"]:
     return c / c.norm(dim=1, keepdim=True).clamp_min(1)  # the largest number is 1 now, or all are 0
 
 
-def _keys(tile: Float[Tensor, "c d"], scale: Float[Tensor, ""], metric: str, size: int = 0) -> tuple[Float[Tensor, "p d"], Float[Tensor, "p"]]:
+def _keys(
+    tile: Float[Tensor, "c d"], scale: Float[Tensor, ""], metric: str, size: int = 0
+) -> tuple[Float[Tensor, "p d"], Float[Tensor, "p"]]:
     "Keys and offsets of one tile of codes, filled up to `size` with codes that nothing is near to."
     if metric == "cosine":
         keys = _unit(tile).to(scale.dtype)
@@ -49,12 +64,14 @@ def _keys(tile: Float[Tensor, "c d"], scale: Float[Tensor, ""], metric: str, siz
         keys = tile.to(scale.dtype) * scale
         keys, offset = keys * scale, keys.pow(2).sum(1) / -2
     short = max(0, size - len(keys))
-    return torch.cat([keys, keys.new_zeros(short, keys.shape[1])]), torch.cat([offset, offset.new_full((short,), -torch.inf)])
+    return torch.cat([keys, keys.new_zeros(short, keys.shape[1])]), torch.cat(
+        [offset, offset.new_full((short,), -torch.inf)]
+    )
 
 # %% ../nbs/lib/00_search.ipynb #0b2696f2
 def _pieces(x: Float[Tensor, "c"]) -> Float[Tensor, "c 4"]:
     "Four bfloat16 numbers that sum to x within float32 rounding; minus infinity becomes -2^127."
-    x, parts = x.clamp_min(-2.0**127), []
+    x, parts = x.clamp_min(-(2.0**127)), []
     for _ in range(4):
         parts.append(x.bfloat16())
         x = x - parts[-1]
@@ -76,17 +93,23 @@ def _tiles(z, codebook, rows, dtype, metric, skip, budget):
     wide = min(2048 if half else 1024, max(64, budget // (64 * max(d, 256)) // 64 * 64))
     strands, length = _fold(min(k, wide), dtype)
     high = max(1, min(1024, budget // (32 * max(d, strands * length))))
-    scale, buffer = _power(codebook, torch.float32 if half else dtype), z.new_empty(min(high, len(rows)) * strands * length, dtype=dtype)
+    scale, buffer = (
+        _power(codebook, torch.float32 if half else dtype),
+        z.new_empty(min(high, len(rows)) * strands * length, dtype=dtype),
+    )
     for start in range(0, k, wide):
         strands, length = _fold(min(k - start, wide), dtype)
-        keys, offset = _keys(codebook[start:start + wide], scale, metric, strands * length)
-        if half: keys, offset = torch.cat([keys.bfloat16(), _pieces(offset)], 1), None
+        keys, offset = _keys(codebook[start : start + wide], scale, metric, strands * length)
+        if half:
+            keys, offset = torch.cat([keys.bfloat16(), _pieces(offset)], 1), None
         for a in range(0, len(rows), high):
             part = slice(a, min(a + high, len(rows)))
             x = (z[part] if len(rows) == len(z) else z[rows[part]]).to(dtype)
-            scores = buffer[:len(x) * len(keys)].view(len(x), len(keys))
-            if half: torch.mm(torch.cat([x, x.new_ones(len(x), 4)], 1), keys.T, out=scores)
-            else: torch.addmm(offset, x, keys.T, out=scores)
+            scores = buffer[: len(x) * len(keys)].view(len(x), len(keys))
+            if half:
+                torch.mm(torch.cat([x, x.new_ones(len(x), 4)], 1), keys.T, out=scores)
+            else:
+                torch.addmm(offset, x, keys.T, out=scores)
             if skip is not None:
                 column = skip[rows[part], None] - start
                 here = (column >= 0) & (column < len(keys))
@@ -95,30 +118,43 @@ def _tiles(z, codebook, rows, dtype, metric, skip, budget):
             yield part, start, scores.view(len(x), strands, length)
 
 # %% ../nbs/lib/00_search.ipynb #cb8d8823
-def _best_two(strands: Float[Tensor, "r s l"]) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"], Int64[Tensor, "r"]]:
+def _best_two(
+    strands: Float[Tensor, "r s l"],
+) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"], Int64[Tensor, "r"]]:
     "Each row's best score, second best score, and place of the best."
     folded = strands.amax(1)
     best, place = folded.max(1, keepdim=True)
     behind = strands.gather(2, place[:, :, None].expand(-1, strands.shape[1], 1))[:, :, 0]
     strand = behind.argmax(1, keepdim=True)
-    second = torch.maximum(folded.scatter_(1, place, -torch.inf).amax(1), behind.scatter_(1, strand, -torch.inf).amax(1))
+    second = torch.maximum(
+        folded.scatter_(1, place, -torch.inf).amax(1),
+        behind.scatter_(1, strand, -torch.inf).amax(1),
+    )
     return best[:, 0], second, (strand * strands.shape[2] + place)[:, 0]
 
 
-def _fused(z: Tensor) -> bool: return z.is_cuda and find_spec("triton") is not None
+def _fused(z: Tensor) -> bool:
+    return z.is_cuda and find_spec("triton") is not None
 
 # %% ../nbs/lib/00_search.ipynb #fe7b136e
 def _looks(z, codebook, rows, dtype, metric, skip, budget):
     "The best two of each tile: (slice of rows, first code, best score, second best, code of the best)."
     if dtype == torch.float32 and len(rows) == len(z) and _fused(z):
         from vqstudy.kernels import fused_scan  # only here, so that nothing else needs Triton
+
         scale, high = _power(codebook, dtype), max(1, budget // (16 * z.shape[1]))
         for start in range(0, len(codebook), high):
-            keys, offset = _keys(codebook[start:start + high], scale, metric)
-            if metric == "euclidean" and z.dtype == codebook.dtype == torch.bfloat16: keys = keys.bfloat16()  # still exact
-            yield slice(0, len(z)), start, *fused_scan(z, keys, offset, None if skip is None else skip - start)
+            keys, offset = _keys(codebook[start : start + high], scale, metric)
+            if metric == "euclidean" and z.dtype == codebook.dtype == torch.bfloat16:
+                keys = keys.bfloat16()  # still exact
+            yield (
+                slice(0, len(z)),
+                start,
+                *fused_scan(z, keys, offset, None if skip is None else skip - start),
+            )
     else:
-        for part, start, scores in _tiles(z, codebook, rows, dtype, metric, skip, budget): yield part, start, *_best_two(scores)
+        for part, start, scores in _tiles(z, codebook, rows, dtype, metric, skip, budget):
+            yield part, start, *_best_two(scores)
 
 
 def _scan(z, codebook, rows, dtype, metric, skip, budget):
@@ -126,7 +162,9 @@ def _scan(z, codebook, rows, dtype, metric, skip, budget):
     best, second = (z.new_full((len(rows),), -torch.inf, dtype=dtype) for _ in range(2))
     codes = torch.zeros_like(rows)
     for part, start, top, next_, code in _looks(z, codebook, rows, dtype, metric, skip, budget):
-        second[part] = torch.maximum(torch.maximum(second[part], next_), torch.minimum(best[part], top))
+        second[part] = torch.maximum(
+            torch.maximum(second[part], next_), torch.minimum(best[part], top)
+        )
         codes[part] = torch.where(top > best[part], code + start, codes[part])
         best[part] = torch.maximum(best[part], top)
     return best, second, codes
@@ -135,42 +173,78 @@ def _scan(z, codebook, rows, dtype, metric, skip, budget):
 def _norms(x: Float[Tensor, "n d"], budget: int) -> Float[Tensor, "n"]:
     "Lengths in float64, a few rows at a time."
     out, high = x.new_empty(len(x), dtype=torch.float64), max(1, budget // (256 * x.shape[1]))
-    for part, place in zip(x.split(high), out.split(high)): torch.linalg.vector_norm(part, dim=1, dtype=torch.float64, out=place)
+    for part, place in zip(x.split(high), out.split(high)):
+        torch.linalg.vector_norm(part, dim=1, dtype=torch.float64, out=place)
     return out
 
 
-def _error(size: Float[Tensor, "*r"], norm: Float[Tensor, ""], d: int, scale: Float[Tensor, ""]) -> Float[Tensor, "*r"]:
+def _error(
+    size: Float[Tensor, "*r"], norm: Float[Tensor, ""], d: int, scale: Float[Tensor, ""]
+) -> Float[Tensor, "*r"]:
     "E, how far scores in the dtype of `scale` can be from the true ones; `size` = s |z| and `norm` = s C."
     info, s = torch.finfo(scale.dtype), scale.double()
     step = (d + 4) * info.eps / 2
-    return step / (1 - step) * (size + norm) * norm + info.tiny * (d + 2 + d**.5 * (size / s + norm * s))
+    return step / (1 - step) * (size + norm) * norm + info.tiny * (
+        d + 2 + d**0.5 * (size / s + norm * s)
+    )
 
 
-def _slack(size: Float[Tensor, "r"], norm: Float[Tensor, ""], d: int, scale: Float[Tensor, ""], metric: str, exact: bool) -> Float[Tensor, "r"]:
+def _slack(
+    size: Float[Tensor, "r"],
+    norm: Float[Tensor, ""],
+    d: int,
+    scale: Float[Tensor, ""],
+    metric: str,
+    exact: bool,
+) -> Float[Tensor, "r"]:
     "Gaps between the best two scores up to which the row is in doubt."
-    if exact: return 2 * _error(size, norm, d, scale) + (d + 8) * 2**-53 * (size + norm) ** 2
-    return 2 * _error(size, norm, d, scale) - (4e-7 * size if metric == "cosine" else 2e-7 * (size**2 + norm**2))
+    if exact:
+        return 2 * _error(size, norm, d, scale) + (d + 8) * 2**-53 * (size + norm) ** 2
+    return 2 * _error(size, norm, d, scale) - (
+        4e-7 * size if metric == "cosine" else 2e-7 * (size**2 + norm**2)
+    )
 
 # %% ../nbs/lib/00_search.ipynb #0c0a580a
 def _candidates(z, codebook, metric, skip, budget):
     "Rows and codes that bfloat16 cannot rule out, ordered by row, and the error bound E' of each row; None if there are more than 8 a row."
     d, scale = z.shape[1], _power(codebook, torch.float32)
     high, s = max(1, budget // (256 * d)), 1.0 if metric == "cosine" else scale.double()
-    off = max(_norms((keys - keys.bfloat16()), budget).max() for keys, _ in (_keys(tile, scale, metric) for tile in codebook.split(high)))
-    size, lost = _norms(z, budget), torch.cat([_norms(x.float() - x.bfloat16(), budget) for x in z.split(high)])
+    off = max(
+        _norms((keys - keys.bfloat16()), budget).max()
+        for keys, _ in (_keys(tile, scale, metric) for tile in codebook.split(high))
+    )
+    size, lost = (
+        _norms(z, budget),
+        torch.cat([_norms(x.float() - x.bfloat16(), budget) for x in z.split(high)]),
+    )
     norm = off.new_ones(()) if metric == "cosine" else _norms(codebook, budget).max() * s
-    bound = lost * s * norm + (size + lost) * off + 2 * _error(size * s, norm, d + 8, scale / scale if metric == "cosine" else scale)
+    bound = (
+        lost * s * norm
+        + (size + lost) * off
+        + 2 * _error(size * s, norm, d + 8, scale / scale if metric == "cosine" else scale)
+    )
     best, w, found = z.new_full((len(z),), -torch.inf, dtype=torch.float32), 1.02 * 2**-8, []
     floor = lambda best, bound: best - ((2 * bound + 2 * w * best.abs()) / (1 - w)).float() * 1.0001
-    for part, start, strands in _tiles(z, codebook, torch.arange(len(z), device=z.device), torch.bfloat16, metric, skip, budget):
+    for part, start, strands in _tiles(
+        z, codebook, torch.arange(len(z), device=z.device), torch.bfloat16, metric, skip, budget
+    ):
         folded = strands.amax(1)
         best[part] = torch.maximum(best[part], folded.amax(1))
-        least = floor(best[part], bound[part]).bfloat16().nextafter(strands.new_tensor(-torch.inf))  # rounded down, so that no wider copy of the scores is made
+        least = (
+            floor(best[part], bound[part]).bfloat16().nextafter(strands.new_tensor(-torch.inf))
+        )  # rounded down, so that no wider copy of the scores is made
         row, place = (folded >= least[:, None]).nonzero(as_tuple=True)
-        if sum(len(r) for r, _, _ in found) + len(row) > 8 * len(z): return None
+        if sum(len(r) for r, _, _ in found) + len(row) > 8 * len(z):
+            return None
         behind = strands[row, :, place]
         pair, strand = (behind >= least[row, None]).nonzero(as_tuple=True)
-        found.append((row[pair] + part.start, strand * strands.shape[2] + place[pair] + start, behind[pair, strand]))
+        found.append(
+            (
+                row[pair] + part.start,
+                strand * strands.shape[2] + place[pair] + start,
+                behind[pair, strand],
+            )
+        )
     row, code, score = (torch.cat(x) for x in zip(*found))
     keep = (score >= floor(best, bound)[row]) & (code < len(codebook))
     row, code = row[keep], code[keep]
@@ -180,19 +254,33 @@ def _candidates(z, codebook, metric, skip, budget):
 def _rescore(z, codebook, row, code, metric, budget):
     "Best score, second best score, and best code of each row among its candidates, in float32."
     best, second = (z.new_full((len(z),), -torch.inf, dtype=torch.float32) for _ in range(2))
-    codes, scale, scores = torch.zeros(len(z), dtype=torch.int64, device=z.device), _power(codebook, torch.float32), []
+    codes, scale, scores = (
+        torch.zeros(len(z), dtype=torch.int64, device=z.device),
+        _power(codebook, torch.float32),
+        [],
+    )
     for r, c in zip(*(i.split(max(16, budget // (64 * z.shape[1]))) for i in (row, code))):
         keys, offset = _keys(codebook[c], scale, metric)
-        scores.append((z[r].float() * keys[:len(c)]).sum(1) + offset[:len(c)])
+        scores.append((z[r].float() * keys[: len(c)]).sum(1) + offset[: len(c)])
     scores = torch.cat(scores)
     best = best.scatter_reduce(0, row, scores, "amax")
-    codes = torch.full_like(codes, len(codebook)).scatter_reduce(0, row, torch.where(scores == best[row], code, len(codebook)), "amin")
-    return best, second.scatter_reduce(0, row, torch.where(code == codes[row], -torch.inf, scores), "amax"), codes.clamp_max(len(codebook) - 1)
+    codes = torch.full_like(codes, len(codebook)).scatter_reduce(
+        0, row, torch.where(scores == best[row], code, len(codebook)), "amin"
+    )
+    return (
+        best,
+        second.scatter_reduce(0, row, torch.where(code == codes[row], -torch.inf, scores), "amax"),
+        codes.clamp_max(len(codebook) - 1),
+    )
 
 # %% ../nbs/lib/00_search.ipynb #f4cbe64c
 def _plain(z, c, metric):
     "What float64 arithmetic compares, the least wins: plain squared distance, or minus the cosine."
-    return -(_unit(z) * _unit(c)).sum(1) if metric == "cosine" else (z.double() - c.double()).pow(2).sum(1)
+    return (
+        -(_unit(z) * _unit(c)).sum(1)
+        if metric == "cosine"
+        else (z.double() - c.double()).pow(2).sum(1)
+    )
 
 
 def _settle(z, codebook, rows, floor, metric, skip, budget):
@@ -200,11 +288,18 @@ def _settle(z, codebook, rows, floor, metric, skip, budget):
     least = torch.full_like(floor, torch.inf)
     codes = torch.zeros_like(rows)
     for part, start, scores in _tiles(z, codebook, rows, torch.float64, metric, skip, budget):
-        for row, code in zip(*(i.split(max(1, budget // (128 * z.shape[1]))) for i in (scores.flatten(1) >= floor[part, None]).nonzero(as_tuple=True))):
+        for row, code in zip(
+            *(
+                i.split(max(1, budget // (128 * z.shape[1])))
+                for i in (scores.flatten(1) >= floor[part, None]).nonzero(as_tuple=True)
+            )
+        ):
             row, code = row + part.start, code + start  # ordered by row, then by code
             plain = _plain(z[rows[row]], codebook[code], metric)
             lower = least.scatter_reduce(0, row, plain, "amin")
-            first = torch.full_like(codes, len(codebook)).scatter_reduce(0, row, torch.where(plain == lower[row], code, len(codebook)), "amin")
+            first = torch.full_like(codes, len(codebook)).scatter_reduce(
+                0, row, torch.where(plain == lower[row], code, len(codebook)), "amin"
+            )
             codes = torch.where(lower < least, first, codes)
             least = lower
     return codes
@@ -212,90 +307,157 @@ def _settle(z, codebook, rows, floor, metric, skip, budget):
 # %% ../nbs/lib/00_search.ipynb #028da57e
 _libraries = {}
 
+
 def operator(signature: str, like: Callable) -> Callable:
     "Decorator: the function, its name without the leading underscore, as an operator of torch; `like` makes empty results of the right shapes."
+
     def register(function):
-        space, name = "vqstudy" if function.__module__.startswith("vqstudy.") else "vqstudy_notebook", function.__name__.lstrip("_")  # a notebook and the module may live in one process
-        if space not in _libraries: _libraries[space] = torch.library.Library(space, "FRAGMENT")
+        space, name = (
+            "vqstudy" if function.__module__.startswith("vqstudy.") else "vqstudy_notebook",
+            function.__name__.lstrip("_"),
+        )  # a notebook and the module may live in one process
+        if space not in _libraries:
+            _libraries[space] = torch.library.Library(space, "FRAGMENT")
         _libraries[space].define(name + signature)
         _libraries[space].impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{space}::{name}", like, lib=_libraries[space])
         return getattr(getattr(torch.ops, space), name).default
+
     return register
 
 # %% ../nbs/lib/00_search.ipynb #77dd6903
 @contextmanager
 def _true_float32():
     "Products of float32 are products of float32, also where TF32 or bfloat16 is allowed for the network."
-    places = [place for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if place.fp32_precision in ("tf32", "bf16")]
+    places = [
+        place
+        for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        if place.fp32_precision in ("tf32", "bf16")
+    ]
     before = [place.fp32_precision for place in places]
     try:
-        for place in places: place.fp32_precision = "ieee"
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        for place, was in zip(places, before): place.fp32_precision = was
+        for place, was in zip(places, before):
+            place.fp32_precision = was
 
 
 def _half_is_faster(z: Tensor, k: int) -> bool:
     "Where it has been measured: many codes, on a CPU that multiplies bfloat16 numbers itself."
-    able = z.device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    able = z.device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
     return able and len(z) >= 1024 and z.shape[1] >= 32 and k >= 1024 and k * z.shape[1] >= 2**17
 
 # %% ../nbs/lib/00_search.ipynb #10cb8dac
 def _block(z, codebook, metric, exact, half, skip, budget):
     "Codes of one block of vectors."
-    rows, codes = torch.arange(len(z), device=z.device), torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    rows, codes = (
+        torch.arange(len(z), device=z.device),
+        torch.zeros(len(z), dtype=torch.int64, device=z.device),
+    )
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    for dtype in (torch.float32, torch.float64)[dtype == torch.float64:]:
-        pairs = _candidates(z, codebook, metric, skip, budget) if half and dtype == torch.float32 else None
-        best, second, codes[rows] = _rescore(z, codebook, *pairs, metric, budget) if pairs else _scan(z, codebook, rows, dtype, metric, skip, budget)
-        if z.is_cuda and not exact: return codes
-        if len(rows) == len(z): size, norm = _norms(z, budget), _norms(codebook, budget).max()
+    for dtype in (torch.float32, torch.float64)[dtype == torch.float64 :]:
+        pairs = (
+            _candidates(z, codebook, metric, skip, budget)
+            if half and dtype == torch.float32
+            else None
+        )
+        best, second, codes[rows] = (
+            _rescore(z, codebook, *pairs, metric, budget)
+            if pairs
+            else _scan(z, codebook, rows, dtype, metric, skip, budget)
+        )
+        if z.is_cuda and not exact:
+            return codes
+        if len(rows) == len(z):
+            size, norm = _norms(z, budget), _norms(codebook, budget).max()
         scale = _power(codebook, dtype)
-        bounds = (size[rows], norm.new_ones(()), z.shape[1], torch.ones_like(scale)) if metric == "cosine" else (size[rows] * scale, norm * scale, z.shape[1], scale)
-        slack = _slack(*bounds, metric, exact) * (4 if z.is_cuda else 1)  # tensor cores cut sums off instead of rounding them
-        doubt = ~(best.double() - second.double() > slack)  # NaN, from scores out of range, is in doubt too
+        bounds = (
+            (size[rows], norm.new_ones(()), z.shape[1], torch.ones_like(scale))
+            if metric == "cosine"
+            else (size[rows] * scale, norm * scale, z.shape[1], scale)
+        )
+        slack = _slack(*bounds, metric, exact) * (
+            4 if z.is_cuda else 1
+        )  # tensor cores cut sums off instead of rounding them
+        doubt = ~(
+            best.double() - second.double() > slack
+        )  # NaN, from scores out of range, is in doubt too
         rows, floor = rows[doubt], (best - slack)[doubt]
-        if len(rows) == 0: return codes
-    if exact: codes[rows] = _settle(z, codebook, rows, floor, metric, skip, budget)
+        if len(rows) == 0:
+            return codes
+    if exact:
+        codes[rows] = _settle(z, codebook, rows, floor, metric, skip, budget)
     return codes
 
 # %% ../nbs/lib/00_search.ipynb #2e44fc27
-@operator("(Tensor z, Tensor codebook, str metric, bool exact, str precision, Tensor? skip, int budget) -> Tensor",
-          lambda z, *_: z.new_empty(len(z), dtype=torch.int64))
+@operator(
+    "(Tensor z, Tensor codebook, str metric, bool exact, str precision, Tensor? skip, int budget) -> Tensor",
+    lambda z, *_: z.new_empty(len(z), dtype=torch.int64),
+)
 def _search(z, codebook, metric, exact, precision, skip, budget):
     "Codes (n,) of all blocks of vectors."
     half = precision == "bfloat16" or precision == "auto" and _half_is_faster(z, len(codebook))
     high = 2**15 if half else 2**18
     skip = [None] * -(-len(z) // high) if skip is None else skip.split(high)
     with torch.autocast(z.device.type, enabled=False), _true_float32():
-        return torch.cat([_block(part, codebook, metric, exact, half, out, budget) for part, out in zip(z.split(high), skip)])
+        return torch.cat(
+            [
+                _block(part, codebook, metric, exact, half, out, budget)
+                for part, out in zip(z.split(high), skip)
+            ]
+        )
 
 
 def _one_by_one(info, dims, z, codebook, metric, exact, precision, skip, budget):
     one = lambda x, dim, i: x if dim is None else x.select(dim, i)
-    return torch.stack([_search(one(z, dims[0], i), one(codebook, dims[1], i), metric, exact, precision, one(skip, dims[5], i), budget) for i in range(info.batch_size)]), 0
+    return torch.stack(
+        [
+            _search(
+                one(z, dims[0], i),
+                one(codebook, dims[1], i),
+                metric,
+                exact,
+                precision,
+                one(skip, dims[5], i),
+                budget,
+            )
+            for i in range(info.batch_size)
+        ]
+    ), 0
+
 
 torch.library.register_vmap(_search, _one_by_one, lib=_libraries[_search.namespace])
 
 # %% ../nbs/lib/00_search.ipynb #4cc8d958
-def _check(z: Tensor, codebook: Tensor, metric: str, check_finite: bool | None, least: int = 1) -> None:
+def _check(
+    z: Tensor, codebook: Tensor, metric: str, check_finite: bool | None, least: int = 1
+) -> None:
     check_vectors("codebook", codebook, check_finite=check_finite)
     check_vectors("z", z, codebook.shape[-1], check_finite)
-    if z.ndim != 2 or codebook.ndim != 2: raise ValueError(f"z and codebook must be (n, d) and (k, d), got {tuple(z.shape)} and {tuple(codebook.shape)}")
-    if metric not in ("euclidean", "cosine"): raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
-    if len(codebook) < least: raise ValueError(f"codebook must hold at least {least} vectors, got {len(codebook)}")
+    if z.ndim != 2 or codebook.ndim != 2:
+        raise ValueError(
+            f"z and codebook must be (n, d) and (k, d), got {tuple(z.shape)} and {tuple(codebook.shape)}"
+        )
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
+    if len(codebook) < least:
+        raise ValueError(f"codebook must hold at least {least} vectors, got {len(codebook)}")
 
 
 @torch.no_grad()
 def nearest(
-    z: Float[Tensor, "n d"],         # vectors to look up
+    z: Float[Tensor, "n d"],  # vectors to look up
     codebook: Float[Tensor, "k d"],  # code vectors
-    metric: str = "euclidean",       # or "cosine": the largest cosine; a zero vector has cosine 0 with all
-    exact: bool = False,             # decide in float64, exact ties to the lowest index
-    budget: int = 64 * 2**20,        # bytes of extra memory
-    precision: str = "auto",         # of the first look: "float32", "bfloat16", or whichever has been measured faster on this kind of processor
-    check_finite: bool | None = None,  # None: on the CPU only; under torch.func.vmap, which cannot look at values, it must be False
+    metric: str = "euclidean",  # or "cosine": the largest cosine; a zero vector has cosine 0 with all
+    exact: bool = False,  # decide in float64, exact ties to the lowest index
+    budget: int = 64 * 2**20,  # bytes of extra memory
+    precision: str = "auto",  # of the first look: "float32", "bfloat16", or whichever has been measured faster on this kind of processor
+    check_finite: bool
+    | None = None,  # None: on the CPU only; under torch.func.vmap, which cannot look at values, it must be False
 ) -> Int64[Tensor, "n"]:
     """Index of the nearest code of each vector (Huh et al. 2023, Eq. 5); extra memory of at most `budget` beside the result, at any n, k and d.
 
@@ -304,23 +466,38 @@ def nearest(
     different width, empty or non-finite input, an unknown metric or precision.
     """
     _check(z, codebook, metric, check_finite)
-    if precision not in ("auto", "float32", "bfloat16"): raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}")
     return _search(z, codebook, metric, exact, precision, None, budget)
 
 # %% ../nbs/lib/00_search.ipynb #35584f30
 @torch.no_grad()
-def distances(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], codes: Int[Tensor, "*n"], metric: str = "euclidean") -> Float[Tensor, "*n"]:
+def distances(
+    z: Float[Tensor, "n d"],
+    codebook: Float[Tensor, "k d"],
+    codes: Int[Tensor, "*n"],
+    metric: str = "euclidean",
+) -> Float[Tensor, "*n"]:
     "Squared distance |z - c|^2 (or, with the cosine, 1 - cos) of each vector to its codes `(n,)` or `(n, m)`, from the difference itself; in float32, or float64 where the input is."
     _check(z, codebook, metric, False)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    if codes.ndim == 2: return torch.stack([distances(z, codebook, column, metric) for column in codes.T], 1)
+    if codes.ndim == 2:
+        return torch.stack([distances(z, codebook, column, metric) for column in codes.T], 1)
     parts = zip(*(x.split(max(1, 2**20 // z.shape[1])) for x in (z, codes)))
-    return torch.cat([_plain(x, codebook[code], metric) + (metric == "cosine") for x, code in parts]).to(dtype)
+    return torch.cat(
+        [_plain(x, codebook[code], metric) + (metric == "cosine") for x, code in parts]
+    ).to(dtype)
 
 
 @torch.no_grad()
-def two_nearest(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], metric: str = "euclidean", exact: bool = False, budget: int = 64 * 2**20,
-                check_finite: bool | None = None) -> Int64[Tensor, "n 2"]:
+def two_nearest(
+    z: Float[Tensor, "n d"],
+    codebook: Float[Tensor, "k d"],
+    metric: str = "euclidean",
+    exact: bool = False,
+    budget: int = 64 * 2**20,
+    check_finite: bool | None = None,
+) -> Int64[Tensor, "n 2"]:
     "Index of the nearest and of the second nearest code of each vector, each as `nearest` would choose it; raises as it does, and ValueError for fewer than two codes."
     _check(z, codebook, metric, check_finite, 2)
     first = _search(z, codebook, metric, exact, "float32", None, budget)

@@ -14,11 +14,14 @@ from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
-if TYPE_CHECKING: import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../nbs/lib/10_stats.ipynb #e320acc7
 class Interval(NamedTuple):
     "A mean over seeds and its confidence interval; low and high are NaN for a single seed."
+
     mean: float
     low: float
     high: float
@@ -29,38 +32,52 @@ class Interval(NamedTuple):
         "Half the width of the interval."
         return (self.high - self.low) / 2
 
+
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Student's interval of the mean of independent runs; values that are NaN (a diverged run) make all of it NaN.
 
     Raises ValueError for no values or a level outside 0..1.
     """
     from scipy import stats
+
     x = np.asarray(values, dtype=float)
-    if x.ndim != 1 or len(x) == 0: raise ValueError(f"values must be a sequence of at least one number, got shape {x.shape}")
-    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError(f"values must be a sequence of at least one number, got shape {x.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
     mean = float(x.mean())
-    if len(x) == 1: return Interval(mean, float("nan"), float("nan"), 1)
+    if len(x) == 1:
+        return Interval(mean, float("nan"), float("nan"), 1)
     half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half, len(x))
 
 # %% ../nbs/lib/10_stats.ipynb #02bb3d3c
-def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 9999) -> tuple[float, float]:
+def bootstrap(
+    values: Sequence[float], level: float = 0.95, draws: int = 9999
+) -> tuple[float, float]:
     "BCa bootstrap interval of the mean, drawn from a fixed seed; NaN for fewer than two values or one that is not finite. Raises as `interval`. Source: Efron 1987."
     from scipy import stats
+
     whole, x = interval(values, level), np.asarray(values, dtype=float)
-    if whole.n < 2 or not np.isfinite(x).all(): return math.nan, math.nan
-    if x.min() == x.max(): return whole.mean, whole.mean
-    found = stats.bootstrap((x,), np.mean, n_resamples=draws, confidence_level=level, rng=np.random.default_rng(0)).confidence_interval
+    if whole.n < 2 or not np.isfinite(x).all():
+        return math.nan, math.nan
+    if x.min() == x.max():
+        return whole.mean, whole.mean
+    found = stats.bootstrap(
+        (x,), np.mean, n_resamples=draws, confidence_level=level, rng=np.random.default_rng(0)
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 # %% ../nbs/lib/10_stats.ipynb #9d373008
 UNITS = ("difference", "ratio")
+
 
 class Contrast(NamedTuple):
     """A method against another over paired seeds: mean effect, Student's interval, bootstrap interval (for a ratio all of its logarithm), and the pairs by kind.
 
     n: pairs of finite numbers (0 beside an interval: an exact result, which needs no seeds); up, down: pairs with an infinite effect; unknown: pairs that say nothing.
     """
+
     effect: float
     low: float
     high: float
@@ -71,49 +88,93 @@ class Contrast(NamedTuple):
     down: int = 0
     unknown: int = 0
 
+
 def scaled(value: float, unit: str) -> float:
     "A value as it is, or its logarithm for a ratio; infinite and NaN ones as they are. Raises ValueError for an unknown unit, or a ratio of what is not positive."
-    if unit not in UNITS: raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
-    if unit == "difference" or not math.isfinite(value): return float(value)
-    if value <= 0: raise ValueError(f"a ratio takes positive values, got {value}")
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if unit == "difference" or not math.isfinite(value):
+        return float(value)
+    if value <= 0:
+        raise ValueError(f"a ratio takes positive values, got {value}")
     return math.log(value)
 
 # %% ../nbs/lib/10_stats.ipynb #daf710fd
-def paired(a: Mapping[Any, float], b: Mapping[Any, float] | float, unit: str = "difference", level: float = 0.95) -> Contrast:
+def paired(
+    a: Mapping[Any, float],
+    b: Mapping[Any, float] | float,
+    unit: str = "difference",
+    level: float = 0.95,
+) -> Contrast:
     """The contrast of `a` with `b`, both {seed: value}, or of `a` with one number. Infinite: diverged; NaN: failed.
 
     Raises ValueError without a common seed, for an unknown unit, and for a ratio of values that are not positive.
     """
     b = b if isinstance(b, Mapping) else dict.fromkeys(a, b)
-    if not (seeds := [seed for seed in a if seed in b]): raise ValueError(f"a and b have no seed in common: {list(a)} and {list(b)}")
+    if not (seeds := [seed for seed in a if seed in b]):
+        raise ValueError(f"a and b have no seed in common: {list(a)} and {list(b)}")
     ends = np.array([(scaled(a[seed], unit), scaled(b[seed], unit)) for seed in seeds])
-    with np.errstate(invalid="ignore"): d = ends[:, 0] - ends[:, 1]
+    with np.errstate(invalid="ignore"):
+        d = ends[:, 0] - ends[:, 1]
     whole = d[np.isfinite(d)]
-    mean, boot = (interval(whole, level), bootstrap(whole, level)) if len(whole) else (Interval(*[math.nan] * 3, 0), (math.nan, math.nan))
-    return Contrast(*mean[:3], *boot, len(whole), *(int(x.sum()) for x in (d == np.inf, d == -np.inf, np.isnan(d))))
+    mean, boot = (
+        (interval(whole, level), bootstrap(whole, level))
+        if len(whole)
+        else (Interval(*[math.nan] * 3, 0), (math.nan, math.nan))
+    )
+    return Contrast(
+        *mean[:3],
+        *boot,
+        len(whole),
+        *(int(x.sum()) for x in (d == np.inf, d == -np.inf, np.isnan(d))),
+    )
 
 # %% ../nbs/lib/10_stats.ipynb #b483ad8c
-SAYS, VERDICTS, SEEDS = ("lower", "higher", "equal", "not lower", "not higher"), ("reproduced", "contradicted", "undecided", "not measured"), 3
+SAYS, VERDICTS, SEEDS = (
+    ("lower", "higher", "equal", "not lower", "not higher"),
+    ("reproduced", "contradicted", "undecided", "not measured"),
+    3,
+)
+
 
 def verdict(found: Contrast | None, says: str, smallest: float) -> str:
     """One of VERDICTS, for a contrast (None: no runs) and the smallest effect of interest in its units.
 
     Raises ValueError for an unknown `says` and a smallest effect that is not above 0.
     """
-    if says not in SAYS: raise ValueError(f"says must be one of {', '.join(SAYS)}, got {says!r}")
-    if not 0 < smallest < math.inf: raise ValueError(f"smallest must be a number above 0, got {smallest}")
-    if found is None: return "not measured"
+    if says not in SAYS:
+        raise ValueError(f"says must be one of {', '.join(SAYS)}, got {says!r}")
+    if not 0 < smallest < math.inf:
+        raise ValueError(f"smallest must be a number above 0, got {smallest}")
+    if found is None:
+        return "not measured"
     if says.startswith("not "):
         denied = verdict(found, says.removeprefix("not "), smallest)
         return {"reproduced": "contradicted", "contradicted": "reproduced"}.get(denied, denied)
-    if not (math.isfinite(found.low) and math.isfinite(found.high)) or found.unknown or 0 < found.n < SEEDS: return "undecided"
-    low, high, against, along = (-found.high, -found.low, found.up, found.down) if says == "lower" else (found.low, found.high, found.down, found.up)
-    above, below, within = low > smallest and not against, high < (-smallest if says == "equal" else smallest) and not along, -smallest < low and high < smallest and not along + against
+    if (
+        not (math.isfinite(found.low) and math.isfinite(found.high))
+        or found.unknown
+        or 0 < found.n < SEEDS
+    ):
+        return "undecided"
+    low, high, against, along = (
+        (-found.high, -found.low, found.up, found.down)
+        if says == "lower"
+        else (found.low, found.high, found.down, found.up)
+    )
+    above, below, within = (
+        low > smallest and not against,
+        high < (-smallest if says == "equal" else smallest) and not along,
+        -smallest < low and high < smallest and not along + against,
+    )
     reproduced, contradicted = (within, above or below) if says == "equal" else (above, below)
     return "reproduced" if reproduced else "contradicted" if contradicted else "undecided"
 
 # %% ../nbs/lib/10_stats.ipynb #e9718c57
-SOURCES, PLACES = ("huh2023", "fifty2024", "vqvae-primer", "router-post"), ("toy", "desk", "gpu", "paper")
+SOURCES, PLACES = (
+    ("huh2023", "fifty2024", "vqvae-primer", "router-post"),
+    ("toy", "desk", "gpu", "paper"),
+)
 
 # %% ../nbs/lib/10_stats.ipynb #b8938b24
 @dataclass(frozen=True)
@@ -123,6 +184,7 @@ class Claim:
     better: which values of the metric are good; says: the metric of `a` against that of `b`; smallest, published: an effect as a difference, or for unit "ratio" a relative change and a ratio;
     stand_in: the metric to take where `metric` is not there; ours: a question of ours that the document raises, and does not answer.
     """
+
     id: str
     source: str
     place: str
@@ -151,71 +213,156 @@ class Claim:
     @property
     def compared(self) -> str:
         "What is compared with what, in a few words."
-        if self.figure: return self.contrast
-        words = lambda table: ", ".join(str(v) if k in ("method", "dataset") else f"{k} {v}" for k, v in table.items())
-        return f"{words(self.a)} against {words(self.b) if isinstance(self.b, dict) else self.b}" + (f" ({words(self.where)})" if self.where else "")
+        if self.figure:
+            return self.contrast
+        words = lambda table: ", ".join(
+            str(v) if k in ("method", "dataset") else f"{k} {v}" for k, v in table.items()
+        )
+        return (
+            f"{words(self.a)} against {words(self.b) if isinstance(self.b, dict) else self.b}"
+            + (f" ({words(self.where)})" if self.where else "")
+        )
 
 # %% ../nbs/lib/10_stats.ipynb #80095925
-_TYPES = {"smallest": (int, float), "published": (int, float), "scales": list, "where": dict, "a": dict, "b": (dict, int, float), "ours": bool}
+_TYPES = {
+    "smallest": (int, float),
+    "published": (int, float),
+    "scales": list,
+    "where": dict,
+    "a": dict,
+    "b": (dict, int, float),
+    "ours": bool,
+}
+
 
 def _claim(table: Mapping[str, Any], metrics: Mapping[str, str]) -> Claim:
     "One claim, checked. Raises ValueError."
-    known, name = [f.name for f in fields(Claim) if f.name != "better"], table.get("id", "without an id")
-    def refuse(why): raise ValueError(f"claim {name}: {why}")
+    known, name = (
+        [f.name for f in fields(Claim) if f.name != "better"],
+        table.get("id", "without an id"),
+    )
+
+    def refuse(why):
+        raise ValueError(f"claim {name}: {why}")
+
     for key, value in table.items():
-        if key not in known: refuse(f"unknown key {key!r}; known: {', '.join(known)}")
-        if isinstance(value, bool) != (key == "ours") or not isinstance(value, _TYPES.get(key, str)) or value in ("", {}, []): refuse(f"{key} has the value {value!r}, of a wrong type or empty")
-    missing = [key for key in (*known[:8], *(("figure", "contrast") if "figure" in table else ("sweep", "a", "b"))) if key not in table]
-    if missing: refuse(f"wants {', '.join(missing)}")
-    if "figure" in table and (odd := {"sweep", "where", "a", "b", "stand_in"} & table.keys()): refuse(f"a figure decides it, so it takes no {', '.join(sorted(odd))}")
-    if "sweep" in table and "contrast" in table: refuse("a sweep decides it, so it takes no contrast")
-    allowed = {"source": SOURCES, "says": SAYS, "unit": UNITS, "metric": metrics, "stand_in": metrics}
+        if key not in known:
+            refuse(f"unknown key {key!r}; known: {', '.join(known)}")
+        if (
+            isinstance(value, bool) != (key == "ours")
+            or not isinstance(value, _TYPES.get(key, str))
+            or value in ("", {}, [])
+        ):
+            refuse(f"{key} has the value {value!r}, of a wrong type or empty")
+    missing = [
+        key
+        for key in (
+            *known[:8],
+            *(("figure", "contrast") if "figure" in table else ("sweep", "a", "b")),
+        )
+        if key not in table
+    ]
+    if missing:
+        refuse(f"wants {', '.join(missing)}")
+    if "figure" in table and (odd := {"sweep", "where", "a", "b", "stand_in"} & table.keys()):
+        refuse(f"a figure decides it, so it takes no {', '.join(sorted(odd))}")
+    if "sweep" in table and "contrast" in table:
+        refuse("a sweep decides it, so it takes no contrast")
+    allowed = {
+        "source": SOURCES,
+        "says": SAYS,
+        "unit": UNITS,
+        "metric": metrics,
+        "stand_in": metrics,
+    }
     for key, values in allowed.items():
-        if key in table and table[key] not in values: refuse(f"{key} is {table[key]!r}; allowed: {', '.join(values)}")
-    if odd := [scale for scale in table["scales"] if scale not in PLACES]: refuse(f"scales has {odd[0]!r}; allowed: {', '.join(PLACES)}")
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name): refuse("an id is lower-case words and numbers, joined by hyphens")
-    if not 0 < table["smallest"] < math.inf: refuse(f"smallest is {table['smallest']}; it must be a number above 0")
-    if table.get("unit") == "ratio" and table.get("published", 1) <= 0: refuse(f"published is {table['published']}; a ratio is above 0")
+        if key in table and table[key] not in values:
+            refuse(f"{key} is {table[key]!r}; allowed: {', '.join(values)}")
+    if odd := [scale for scale in table["scales"] if scale not in PLACES]:
+        refuse(f"scales has {odd[0]!r}; allowed: {', '.join(PLACES)}")
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        refuse("an id is lower-case words and numbers, joined by hyphens")
+    if not 0 < table["smallest"] < math.inf:
+        refuse(f"smallest is {table['smallest']}; it must be a number above 0")
+    if table.get("unit") == "ratio" and table.get("published", 1) <= 0:
+        refuse(f"published is {table['published']}; a ratio is above 0")
     return Claim(**table, better=metrics[table["metric"]])
 
 # %% ../nbs/lib/10_stats.ipynb #b25b97ba
 def load_claims(path: str | Path) -> list[Claim]:
     "The claims of a TOML file, in its order. Raises ValueError naming the claim for an unknown or missing key, a wrong type or value, an id used twice, a metric without a direction."
     import tomllib
-    try: whole = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error: raise ValueError(f"{Path(path).name} is no TOML: {error}") from None
-    if odd := whole.keys() - {"metrics", "claim"}: raise ValueError(f"{Path(path).name}: unknown key {sorted(odd)[0]!r}; known: metrics, claim")
+
+    try:
+        whole = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{Path(path).name} is no TOML: {error}") from None
+    if odd := whole.keys() - {"metrics", "claim"}:
+        raise ValueError(
+            f"{Path(path).name}: unknown key {sorted(odd)[0]!r}; known: metrics, claim"
+        )
     metrics = whole.get("metrics", {})
     for name, better in metrics.items():
-        if better not in ("lower", "higher"): raise ValueError(f"metric {name}: better is {better!r}; allowed: lower, higher")
+        if better not in ("lower", "higher"):
+            raise ValueError(f"metric {name}: better is {better!r}; allowed: lower, higher")
     claims = [_claim(table, metrics) for table in whole.get("claim", [])]
     names = [claim.id for claim in claims]
     for name in names:
-        if names.count(name) > 1: raise ValueError(f"claim {name}: the id is used {names.count(name)} times")
+        if names.count(name) > 1:
+            raise ValueError(f"claim {name}: the id is used {names.count(name)} times")
     return claims
 
 # %% ../nbs/lib/10_stats.ipynb #9e2d914e
 def _same(x: Any, value: Any) -> bool:
     "Whether a field of a table, where a truth value may be text, is a value."
-    return str(x) == str(value) if isinstance(value, str | bool) else isinstance(x, Number) and x == value
+    return (
+        str(x) == str(value)
+        if isinstance(value, str | bool)
+        else isinstance(x, Number) and x == value
+    )
+
 
 def holds(rows: "pd.DataFrame", table: Mapping[str, Any]) -> list[bool]:
     "Which rows have these values; none if a column is not there."
-    return [table.keys() <= row.keys() and all(_same(row[name], value) for name, value in table.items()) for row in rows.to_dict("records")]
+    return [
+        table.keys() <= row.keys() and all(_same(row[name], value) for name, value in table.items())
+        for row in rows.to_dict("records")
+    ]
+
 
 def _by_seed(claim: Claim, rows: "pd.DataFrame", metric: str) -> dict[int, float]:
     "The metric by seed, infinitely bad for a run that diverged, NaN for one that failed. Raises ValueError for two rows of one seed."
-    if twice := sorted(rows["seed"][rows["seed"].duplicated()]): raise ValueError(f"claim {claim.id}: {len(rows)} rows, two of them with seed {twice[0]}; `where`, `a` and `b` must tell them apart")
+    if twice := sorted(rows["seed"][rows["seed"].duplicated()]):
+        raise ValueError(
+            f"claim {claim.id}: {len(rows)} rows, two of them with seed {twice[0]}; `where`, `a` and `b` must tell them apart"
+        )
     worst = math.inf if claim.better == "lower" else -math.inf
     value = {"done": lambda x: float(x), "diverged": lambda x: worst, "failed": lambda x: math.nan}
-    return {int(seed): value[status](x) for seed, status, x in zip(rows["seed"], rows["status"], rows[metric])}
+    return {
+        int(seed): value[status](x)
+        for seed, status, x in zip(rows["seed"], rows["status"], rows[metric])
+    }
+
 
 def contrast(claim: Claim, rows: "pd.DataFrame") -> tuple[Contrast, str] | None:
     "The contrast that a claim asks for among the rows of its sweep, and the metric it is of; None where they have no pair, or no such metric. Raises ValueError for rows it cannot tell apart."
     rows = rows[holds(rows, claim.where)]
-    a, b = rows[holds(rows, claim.a)], rows[holds(rows, claim.b)] if isinstance(claim.b, dict) else None
+    a, b = (
+        rows[holds(rows, claim.a)],
+        rows[holds(rows, claim.b)] if isinstance(claim.b, dict) else None,
+    )
     used = [part for part in (a, b) if part is not None]
     for metric in filter(None, (claim.metric, claim.stand_in)):
-        if metric not in rows or any(part.empty or part[part["status"] == "done"][metric].isna().all() and (part["status"] == "done").any() for part in used): continue
-        left, right = _by_seed(claim, a, metric), claim.b if b is None else _by_seed(claim, b, metric)
-        if b is None or left.keys() & right.keys(): return paired(left, right, claim.unit), metric
+        if metric not in rows or any(
+            part.empty
+            or part[part["status"] == "done"][metric].isna().all()
+            and (part["status"] == "done").any()
+            for part in used
+        ):
+            continue
+        left, right = (
+            _by_seed(claim, a, metric),
+            claim.b if b is None else _by_seed(claim, b, metric),
+        )
+        if b is None or left.keys() & right.keys():
+            return paired(left, right, claim.unit), metric

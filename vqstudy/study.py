@@ -14,22 +14,27 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Iterator, TextIO
-from .cells import SCALES, Cell, _hash, cell_id, check, fingerprint, notebook_path, parameters, plan, root, sweep, sweeps
-from .records import (collect, found, in_results, locked, make_record, memory, now, provenance, read_record, read_table, results_folder,
-                             save_record, state, write)
+from .cells import SCALES, Cell, _hash, cell_id, check, fingerprint, notebook_path
+from .cells import parameters, plan, root, sweep, sweeps
+from .records import collect, found, in_results, locked, make_record, memory, now
+from .records import provenance, read_record, read_table, results_folder, save_record
+from .records import state, write
 from .tuning import choice, declared
 
 # %% ../nbs/lib/11_study.ipynb #98bc20f2
 class Guard(threading.Thread):
     "A daemon thread that ends this process and all it started once one of the processes `pids` is gone. Raises psutil.NoSuchProcess."
+
     def __init__(self, pids: list[int]):
         import psutil
+
         super().__init__(daemon=True)
         self.watched = [psutil.Process(pid) for pid in pids]
         self.start()
 
     def run(self):
-        while all(map(alive, self.watched)): time.sleep(0.5)
+        while all(map(alive, self.watched)):
+            time.sleep(0.5)
         end_children()
         os._exit(70)
 
@@ -37,46 +42,77 @@ class Guard(threading.Thread):
 def end_children() -> None:
     "Kill every process below this one."
     import psutil
+
     for process in psutil.Process().children(recursive=True):
-        try: process.kill()
-        except psutil.NoSuchProcess: pass
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
 
 def adopt() -> None:
     "Become the parent of all processes below this one that lose theirs (Linux only: PR_SET_CHILD_SUBREAPER)."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
 
 def alive(process) -> bool:
     "Whether a psutil.Process still runs (a zombie does not)."
     import psutil
-    try: return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess: return False
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 # %% ../nbs/lib/11_study.ipynb #56b9c642
 def engine() -> list[int]:
     "The process ids to watch: the engine's, or none without an engine or on Slurm. Raises ProcessLookupError if it has died."
     import psutil
+
     pid = int(os.environ.get("VQSTUDY_ENGINE") or 0)
-    if not pid or pid in [process.pid for process in psutil.Process().parents()]: return [pid] if pid else []
-    if "SLURM_JOB_ID" in os.environ: return []
+    if not pid or pid in [process.pid for process in psutil.Process().parents()]:
+        return [pid] if pid else []
+    if "SLURM_JOB_ID" in os.environ:
+        return []
     raise ProcessLookupError(f"the engine (process {pid}) is gone")
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
 class Run:
     "One run of a notebook. `.cell`, `.parameters`, `.out` and `.checkpoint` (paths), `.deadline` (Unix time or None). Raises as `check` does."
+
     def __init__(self, notebook: str, namespace: dict[str, Any]):
         names = [name for name in parameters(notebook) if name != "out"]
-        self.notebook, self.parameters = notebook, check(notebook, {name: namespace[name] for name in names if name in namespace})
-        self.cell, self.started, self._start = cell_id(notebook, self.parameters), now(), time.monotonic()
+        self.notebook, self.parameters = (
+            notebook,
+            check(notebook, {name: namespace[name] for name in names if name in namespace}),
+        )
+        self.cell, self.started, self._start = (
+            cell_id(notebook, self.parameters),
+            now(),
+            time.monotonic(),
+        )
         alone = os.path.relpath(root() / "data" / "runs" / "single" / self.cell)
         self.out = Path(namespace.get("out") or alone)
         self._code = fingerprint(notebook)  # of now: the files may change while this runs
         key = _hash(self.cell + self._code)[:12]
-        self.checkpoint = (self.out.parent if "VQSTUDY_WATCH" in os.environ else self.out) / f"checkpoint-{key}.pt"
-        self.deadline = float(os.environ["VQSTUDY_DEADLINE"]) if "VQSTUDY_DEADLINE" in os.environ else None
-        if "VQSTUDY_WATCH" in os.environ: Guard([int(pid) for pid in os.environ["VQSTUDY_WATCH"].split()])
+        self.checkpoint = (
+            self.out.parent if "VQSTUDY_WATCH" in os.environ else self.out
+        ) / f"checkpoint-{key}.pt"
+        self.deadline = (
+            float(os.environ["VQSTUDY_DEADLINE"]) if "VQSTUDY_DEADLINE" in os.environ else None
+        )
+        if "VQSTUDY_WATCH" in os.environ:
+            Guard([int(pid) for pid in os.environ["VQSTUDY_WATCH"].split()])
 
-    def save(self, metrics: dict[str, Any], history: list[dict[str, Any]] = [], cost: dict[str, Any] = {}, samples: Any = None,
-             status: str = "done") -> dict[str, Any]:
+    def save(
+        self,
+        metrics: dict[str, Any],
+        history: list[dict[str, Any]] = [],
+        cost: dict[str, Any] = {},
+        samples: Any = None,
+        status: str = "done",
+    ) -> dict[str, Any]:
         "Write the record into `out` and return it; `samples` is (2, m, 3, h, w) of uint8. Raises TypeError or ValueError as `make_record` does."
         spent = {"seconds": round(time.monotonic() - self._start, 3)} | memory() | cost
         past = provenance(self.notebook, self.started) | dict(fingerprint=self._code)
@@ -91,11 +127,15 @@ def wants_gpu(cell: Cell) -> bool:
     wish = cell.parameters.get("device")
     return wish == "cuda" or cell.scale in ("gpu", "paper") and wish != "cpu"
 
+
 def gpus() -> list[str]:
     "The CUDA devices that this process may use."
-    if "CUDA_VISIBLE_DEVICES" in os.environ: return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    try: listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except FileNotFoundError: return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return []
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 # %% ../nbs/lib/11_study.ipynb #23ebd505
@@ -103,18 +143,32 @@ def _take(stack: ExitStack) -> str | None:
     "Take a free slot, its lock held by `stack`; the device's name, or None if all are taken."
     for slot in range(int(os.environ.get("VQSTUDY_GPU_SLOTS", 1))):
         for name in gpus():
-            try: stack.enter_context(locked(Path(tempfile.gettempdir()) / f"vqstudy-gpu-{os.getuid()}" / f"{name}.{slot}", 0))
-            except TimeoutError: continue
+            try:
+                stack.enter_context(
+                    locked(
+                        Path(tempfile.gettempdir())
+                        / f"vqstudy-gpu-{os.getuid()}"
+                        / f"{name}.{slot}",
+                        0,
+                    )
+                )
+            except TimeoutError:
+                continue
             return name
+
 
 @contextmanager
 def gpu(wait: float = float("inf")) -> Iterator[str]:
     "Hold one slot of one GPU, the only one this process's children see. Raises RuntimeError without a GPU, TimeoutError after `wait` seconds."
-    if not gpus(): raise RuntimeError("this cell wants a CUDA device and there is none; choose another scale, or device: cpu")
+    if not gpus():
+        raise RuntimeError(
+            "this cell wants a CUDA device and there is none; choose another scale, or device: cpu"
+        )
     end = time.monotonic() + wait
     with ExitStack() as stack:
         while (name := _take(stack)) is None:
-            if time.monotonic() > end: raise TimeoutError(f"no GPU slot became free in {wait:g} s")
+            if time.monotonic() > end:
+                raise TimeoutError(f"no GPU slot became free in {wait:g} s")
             time.sleep(0.5)
         os.environ["CUDA_VISIBLE_DEVICES"] = name
         yield name
@@ -125,101 +179,171 @@ def redirected(log: Path) -> Iterator[TextIO]:
     "Send whatever this process and its children print to a file, which is yielded."
     kept = os.dup(1), os.dup(2)
     with open(log, "a", encoding="utf-8") as file:
-        for stream in (1, 2): os.dup2(file.fileno(), stream)
-        try: yield file
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        try:
+            yield file
         finally:
-            for stream, copy in zip((1, 2), kept): os.dup2(copy, stream); os.close(copy)
+            for stream, copy in zip((1, 2), kept):
+                os.dup2(copy, stream)
+                os.close(copy)
 
 # %% ../nbs/lib/11_study.ipynb #4b58a623
 def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str] | None:
     "Run a notebook into `folder`/notebook.ipynb. Returns None, or the error's class and one line of text. No process of it is left."
     import papermill
+
     folder.mkdir(parents=True, exist_ok=True)
     watched = engine()
     adopt()
     Guard(watched)
     os.environ["VQSTUDY_WATCH"] = " ".join(str(pid) for pid in [*watched, os.getpid()])
     with redirected(folder / "log.txt") as log:
-        try: papermill.execute_notebook(source, folder / "notebook.ipynb", given, cwd=root(), progress_bar=False, stdout_file=log, stderr_file=log,
-                                        start_timeout=180)
+        try:
+            papermill.execute_notebook(
+                source,
+                folder / "notebook.ipynb",
+                given,
+                cwd=root(),
+                progress_bar=False,
+                stdout_file=log,
+                stderr_file=log,
+                start_timeout=180,
+            )
         except Exception as error:
             log.write(str(error))
             known = isinstance(error, papermill.PapermillExecutionError)
-            kind, line = (error.ename, error.evalue) if known else (type(error).__name__, str(error))
+            kind, line = (
+                (error.ename, error.evalue) if known else (type(error).__name__, str(error))
+            )
             return kind, " ".join(str(line).split()) or "no message"
-        finally: end_children()
+        finally:
+            end_children()
 
 # %% ../nbs/lib/11_study.ipynb #39ffdc0e
 OUT_OF_TIME = 75
 
+
 def publish(cell: Cell) -> None:
     "Move a whole record, with its notebook and log, from the work folder to its place; an older record gives way."
     record, old = cell.work / "record", cell.work / "old"
-    for name in ("notebook.ipynb", "log.txt"): os.replace(cell.work / name, record / name)
+    for name in ("notebook.ipynb", "log.txt"):
+        os.replace(cell.work / name, record / name)
     shutil.rmtree(old, ignore_errors=True)
-    if cell.folder.exists(): os.rename(cell.folder, old)
+    if cell.folder.exists():
+        os.rename(cell.folder, old)
     os.rename(record, cell.folder)
     shutil.rmtree(old, ignore_errors=True)
 
-def _note(cell: Cell, status: str, error: tuple[str, str], started: str, seconds: float) -> dict[str, Any]:
+
+def _note(
+    cell: Cell, status: str, error: tuple[str, str], started: str, seconds: float
+) -> dict[str, Any]:
     "The record that the wrapper writes for a notebook that could not."
     past = provenance(cell.notebook, started) | dict(fingerprint=cell.fingerprint)
-    return make_record(cell.id, cell.parameters, past, status, cost=dict(seconds=round(seconds, 3)), error=": ".join(error))
+    return make_record(
+        cell.id,
+        cell.parameters,
+        past,
+        status,
+        cost=dict(seconds=round(seconds, 3)),
+        error=": ".join(error),
+    )
 
 # %% ../nbs/lib/11_study.ipynb #4e8697d3
 def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: float) -> int:
     "Make a record, a failure or a pause of what the notebook left; the exit code."
-    kind, places = error[0] if error else "", [(cell.work / name).relative_to(root()) for name in ("notebook.ipynb", "log.txt")]
+    kind, places = (
+        error[0] if error else "",
+        [(cell.work / name).relative_to(root()) for name in ("notebook.ipynb", "log.txt")],
+    )
     if kind == "OutOfTime":
         print(f"{cell.id}  {cell.label}  paused at the time budget: {error[1]}", flush=True)
         return OUT_OF_TIME
-    if kind == "NonFiniteLoss": save_record(cell.work / "record", _note(cell, "diverged", error, started, seconds))
+    if kind == "NonFiniteLoss":
+        save_record(cell.work / "record", _note(cell, "diverged", error, started, seconds))
     record = read_record(cell.work / "record" / "record.json")
     if kind not in ("", "NonFiniteLoss") or not record or record["cell"] != cell.id:
-        error = error or ("RuntimeError", "the notebook wrote no record of this cell; it must call run.save")
-        write(cell.work / "failed.json", json.dumps(_note(cell, "failed", error, started, seconds), indent=1, sort_keys=True))
-        print(f"{cell.id}  {cell.label}  FAILED: {': '.join(error)}\n  notebook {places[0]}\n  log      {places[1]}", flush=True)
+        error = error or (
+            "RuntimeError",
+            "the notebook wrote no record of this cell; it must call run.save",
+        )
+        write(
+            cell.work / "failed.json",
+            json.dumps(_note(cell, "failed", error, started, seconds), indent=1, sort_keys=True),
+        )
+        print(
+            f"{cell.id}  {cell.label}  FAILED: {': '.join(error)}\n  notebook {places[0]}\n  log      {places[1]}",
+            flush=True,
+        )
         return 1
     publish(cell)
-    if record["status"] == "done": shutil.rmtree(cell.work)
+    if record["status"] == "done":
+        shutil.rmtree(cell.work)
     value = record["metrics"].get(cell.metric)
     main = f"{cell.metric} {value:.4g}  " if value is not None else ""
-    print(f"{cell.id}  {cell.label}  {main}{'' if record['status'] == 'done' else record['status'] + '  '}{seconds:.0f} s", flush=True)
+    print(
+        f"{cell.id}  {cell.label}  {main}{'' if record['status'] == 'done' else record['status'] + '  '}{seconds:.0f} s",
+        flush=True,
+    )
     return 0
 
 # %% ../nbs/lib/11_study.ipynb #9888d0ca
 def run_cell(name: str, scale: str, cell: str) -> int:
     "Run one cell of a sweep and leave its record, whole, or what tells why there is none. Returns the exit code. Raises ValueError, TimeoutError."
     known = {cell.id: cell for cell in plan(name, scale)}
-    if cell not in known: raise ValueError(f"cell {cell!r} is not in {name}.yaml at scale {scale}; was a parameter changed?")
+    if cell not in known:
+        raise ValueError(
+            f"cell {cell!r} is not in {name}.yaml at scale {scale}; was a parameter changed?"
+        )
     this, started, begin = known[cell], now(), time.monotonic()
-    if time.time() > float(os.environ.get("VQSTUDY_DEADLINE", "inf")): return OUT_OF_TIME
+    if time.time() > float(os.environ.get("VQSTUDY_DEADLINE", "inf")):
+        return OUT_OF_TIME
     with locked(this.work.with_suffix(".lock")):
-        if state(this) == "done": return 0
+        if state(this) == "done":
+            return 0
         this.work.mkdir(parents=True, exist_ok=True)
         for path in this.work.iterdir():
-            if not path.name.startswith("checkpoint"): shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not path.name.startswith("checkpoint"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         os.environ |= dict(VQSTUDY_SWEEP=name, VQSTUDY_SCALE=scale)
         threads = this.parameters.get("threads")
-        if threads: os.environ |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+        if threads:
+            os.environ |= {
+                f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")
+            }
         given = this.parameters | dict(out=str((this.work / "record").relative_to(root())))
         with gpu() if wants_gpu(this) and "SLURM_JOB_ID" not in os.environ else nullcontext():
             error = execute(notebook_path(this.notebook), this.work, given)
         return _finish(this, error, started, time.monotonic() - begin)
 
 # %% ../nbs/lib/11_study.ipynb #e0f5cf75
-def _figure(stem: str) -> Path: return notebook_path(root() / "nbs" / "figs" / f"{stem}.ipynb")
+def _figure(stem: str) -> Path:
+    return notebook_path(root() / "nbs" / "figs" / f"{stem}.ipynb")
+
 
 def figure_state(stem: str, scale: str) -> str:
     "A fingerprint of a figure's code and of the tables of all sweeps that name it."
-    tables = [results_folder(scale) / f"{name}.csv" for name in sweeps(scale) if stem in sweep(name)["figures"]]
-    return _hash(fingerprint(_figure(stem)) + "".join(_hash(path.read_bytes()) for path in tables if path.is_file()))
+    tables = [
+        results_folder(scale) / f"{name}.csv"
+        for name in sweeps(scale)
+        if stem in sweep(name)["figures"]
+    ]
+    return _hash(
+        fingerprint(_figure(stem))
+        + "".join(_hash(path.read_bytes()) for path in tables if path.is_file())
+    )
+
 
 def drawn(stem: str, scale: str) -> bool:
     "Whether a figure is there, drawn by the current code from the current tables."
     folder = root() / "figures" / ("smoke" if scale == "smoke" else "")
     note = root() / "data" / "runs" / scale / "figs" / f"{stem}.txt"
-    return note.is_file() and note.read_text() == figure_state(stem, scale) and any(folder.glob(f"{stem}.*"))
+    return (
+        note.is_file()
+        and note.read_text() == figure_state(stem, scale)
+        and any(folder.glob(f"{stem}.*"))
+    )
 
 # %% ../nbs/lib/11_study.ipynb #95d13418
 def draw(stem: str, scale: str) -> int:
@@ -230,7 +354,10 @@ def draw(stem: str, scale: str) -> int:
     error = execute(_figure(stem), work, given)
     places = [path.relative_to(root()) for path in (work / "notebook.ipynb", work / "log.txt")]
     if error:
-        print(f"{stem}  FAILED: {': '.join(error)}\n  notebook {places[0]}\n  log      {places[1]}", flush=True)
+        print(
+            f"{stem}  FAILED: {': '.join(error)}\n  notebook {places[0]}\n  log      {places[1]}",
+            flush=True,
+        )
         return 1
     os.replace(work / "notebook.ipynb", folder / f"{stem}.ipynb")
     shutil.rmtree(work)
@@ -244,18 +371,25 @@ def toys() -> list[str]:
     named = {stem for name in sweeps() for stem in sweep(name)["figures"]}
     return sorted({path.stem for path in (root() / "nbs" / "figs").glob("*.ipynb")} - named)
 
+
 def _has_results(stem: str) -> bool:
     "Whether a figure has a table to read, or needs none."
     names = [name for name in sweeps() if stem in sweep(name)["figures"]]
-    return stem in toys() or any((results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES[1:] for name in names)
+    return stem in toys() or any(
+        (results_folder(scale) / f"{name}.csv").is_file() for scale in SCALES[1:] for name in names
+    )
 
 # %% ../nbs/lib/11_study.ipynb #338d166a
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
     import nbformat
     from nbclient import NotebookClient
+
     book = nbformat.read(path, 4)
-    try: NotebookClient(book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(root())}}).execute()
+    try:
+        NotebookClient(
+            book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(root())}}
+        ).execute()
     except Exception as error:
         print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
         return False
@@ -263,11 +397,13 @@ def _redraw(path: Path) -> bool:
     print(f"{path.stem}  drawn", flush=True)
     return True
 
+
 def redraw(stems: list[str]) -> int:
     "Execute figure notebooks in place, all if none is named. Returns the number that failed."
     paths = [_figure(stem) for stem in stems] or sorted((root() / "nbs" / "figs").glob("*.ipynb"))
     waiting = [] if stems else [path for path in paths if not _has_results(path.stem)]
-    for path in waiting: print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
+    for path in waiting:
+        print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
     last = [path for path in paths if path.stem == "ledger"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = [*pool.map(_redraw, [path for path in paths if path not in (*waiting, *last)])]
@@ -276,46 +412,86 @@ def redraw(stems: list[str]) -> int:
 # %% ../nbs/lib/11_study.ipynb #5fb0ecf9
 def chosen(names: str, scale: str) -> list[str]:
     "The sweeps that a text names, separated by blanks or commas; all of the scale if it is empty. Raises ValueError for an unknown scale."
-    if scale not in SCALES: raise ValueError(f"scale was given {scale!r}; allowed: {', '.join(SCALES)}")
+    if scale not in SCALES:
+        raise ValueError(f"scale was given {scale!r}; allowed: {', '.join(SCALES)}")
     return str(names or "").replace(",", " ").split() or sweeps(scale)
 
-def todo(names: list[str], scale: str, missing: bool = False) -> tuple[list[Cell], list[str], list[str]]:
+
+def todo(
+    names: list[str], scale: str, missing: bool = False
+) -> tuple[list[Cell], list[str], list[str]]:
     "Cells to run, sweeps to collect, figures to draw. Raises what `plan` raises, before anything runs."
     cells, tables, figures = [], [], []
     for name in names:
         planned = plan(name, scale)
         rows, states = in_results(planned), {cell.id: state(cell) for cell in planned}
-        run = [cell for cell in planned if states[cell.id] != "done" and not (missing and rows[cell.id] == "current")]
-        late = [cell for cell in planned if states[cell.id] == "done" and rows[cell.id] != "current"]
-        if run or late: tables.append(name)
+        run = [
+            cell
+            for cell in planned
+            if states[cell.id] != "done" and not (missing and rows[cell.id] == "current")
+        ]
+        late = [
+            cell for cell in planned if states[cell.id] == "done" and rows[cell.id] != "current"
+        ]
+        if run or late:
+            tables.append(name)
         cells += run
-        figures += [stem for stem in sweep(name)["figures"] if run or late or not drawn(stem, scale)]
+        figures += [
+            stem for stem in sweep(name)["figures"] if run or late or not drawn(stem, scale)
+        ]
     if set(names) == set(sweeps(scale)):
-        figures += [stem for stem in toys() if not drawn(stem, scale) or stem == "ledger" and (tables or figures)]
+        figures += [
+            stem
+            for stem in toys()
+            if not drawn(stem, scale) or stem == "ledger" and (tables or figures)
+        ]
     return cells, tables, list(dict.fromkeys(figures))
 
 # %% ../nbs/lib/11_study.ipynb #a4ba2f63
 def predicted(cells: list[Cell]) -> dict[str, float | None]:
     "Seconds that cells will take by cell id, from the records of a whole sweep at one scale; None where there are none."
-    if not cells: return {}
+    if not cells:
+        return {}
     table = read_table(results_folder(cells[0].scale) / f"{cells[0].sweep}.csv")
-    rows = {row["cell"]: row.get("seconds") for row in table if (row["scale"], row["status"]) == (cells[0].scale, "done")}
+    rows = {
+        row["cell"]: row.get("seconds")
+        for row in table
+        if (row["scale"], row["status"]) == (cells[0].scale, "done")
+    }
     took: dict[str, list[float]] = {}
     for cell in cells:
         record = found(cell)
-        seconds = record.get("cost", {}).get("seconds") if record and record["status"] == "done" else rows.get(cell.id)
-        if seconds: took.setdefault(cell.parameters.get("method", ""), []).append(float(seconds))
+        seconds = (
+            record.get("cost", {}).get("seconds")
+            if record and record["status"] == "done"
+            else rows.get(cell.id)
+        )
+        if seconds:
+            took.setdefault(cell.parameters.get("method", ""), []).append(float(seconds))
     whole = [seconds for group in took.values() for seconds in group]
-    return {cell.id: fmean(took.get(cell.parameters.get("method", ""), whole)) if whole else None for cell in cells}
+    return {
+        cell.id: fmean(took.get(cell.parameters.get("method", ""), whole)) if whole else None
+        for cell in cells
+    }
+
 
 def _span(cells: list[Cell], known: dict[str, float | None]) -> str:
     "The time of cells on this machine, all its cores (or GPUs) at work, and summed over them."
     timed = [(cell, known[cell.id]) for cell in cells if known[cell.id] is not None]
-    cpu = sum(seconds * cell.parameters.get("threads", 1) for cell, seconds in timed if not wants_gpu(cell))
+    cpu = sum(
+        seconds * cell.parameters.get("threads", 1)
+        for cell, seconds in timed
+        if not wants_gpu(cell)
+    )
     gpu = sum(seconds for cell, seconds in timed if wants_gpu(cell))
     slots = max(1, len(gpus())) * int(os.environ.get("VQSTUDY_GPU_SLOTS", 1))
-    summed = [f"{seconds / 60:.1f} min summed over {n} {what}" for seconds, n, what in ((cpu, os.cpu_count(), "cores"), (gpu, slots, "GPU slots")) if seconds]
-    if not timed: return "unknown"
+    summed = [
+        f"{seconds / 60:.1f} min summed over {n} {what}"
+        for seconds, n, what in ((cpu, os.cpu_count(), "cores"), (gpu, slots, "GPU slots"))
+        if seconds
+    ]
+    if not timed:
+        return "unknown"
     unknown = f", and {len(cells) - len(timed)} cells unknown" if len(cells) > len(timed) else ""
     return f"{max(cpu / os.cpu_count(), gpu / slots) / 60:.1f} min ({', '.join(summed)}){unknown}"
 
@@ -323,20 +499,39 @@ def _span(cells: list[Cell], known: dict[str, float | None]) -> str:
 def forecast(cells: list[Cell], names: list[str], scale: str) -> str:
     "What cells will take, a line for each sweep that has some of them and one for all; by the times of records."
     each = {name: [cell for cell in cells if cell.sweep == name] for name in names}
-    known = {id: seconds for name in names if each[name] for id, seconds in predicted(plan(name, scale)).items()}
-    lines = [f"  {name}: {len(mine)} cells, {_span(mine, known)}" for name, mine in each.items() if mine]
+    known = {
+        id: seconds
+        for name in names
+        if each[name]
+        for id, seconds in predicted(plan(name, scale)).items()
+    }
+    lines = [
+        f"  {name}: {len(mine)} cells, {_span(mine, known)}" for name, mine in each.items() if mine
+    ]
     unique = list({cell.id: cell for cell in cells}.values())
-    return "\n".join([f"predicted machine time: {_span(unique, known)}", *(lines if len(lines) > 1 else [])]) if cells else ""
+    return (
+        "\n".join(
+            [f"predicted machine time: {_span(unique, known)}", *(lines if len(lines) > 1 else [])]
+        )
+        if cells
+        else ""
+    )
 
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
     "A table of all cells with their state here and in the results, and what a study would do."
     run, tables, figures = todo(names, scale, missing)
-    lines, wanted = [f"{'cell':36} {'here':8} {'results':8} {'':5} what"], {(cell.sweep, cell.id) for cell in run}
+    lines, wanted = (
+        [f"{'cell':36} {'here':8} {'results':8} {'':5} what"],
+        {(cell.sweep, cell.id) for cell in run},
+    )
     for name in names:
         planned = plan(name, scale)
         rows = in_results(planned)
-        lines += [f"{c.id:36} {state(c):8} {rows[c.id]:8} {'runs' if (name, c.id) in wanted else '':5} {name}: {c.label}" for c in planned]
+        lines += [
+            f"{c.id:36} {state(c):8} {rows[c.id]:8} {'runs' if (name, c.id) in wanted else '':5} {name}: {c.label}"
+            for c in planned
+        ]
     total = sum(len(plan(name, scale)) for name in names)
     ending = f"{len({c.id for c in run})} of {total} cells would run, {len(tables)} tables be collected, {len(figures)} figures drawn"
     return "\n".join(filter(None, [*lines, ending, forecast(run, names, scale)]))
@@ -345,34 +540,60 @@ def overview(names: list[str], scale: str, missing: bool = False) -> str:
 def _trouble(cell: Cell) -> str:
     "Why a cell that was started has no record, and where to look; empty if it has one or was not started."
     known = state(cell)
-    if known == "done" or not cell.work.exists(): return ""
+    if known == "done" or not cell.work.exists():
+        return ""
     why = found(cell)["error"] if known == "failed" else "not finished"
     return f"{cell.id}  {cell.label}  {why}  see {cell.work.relative_to(root())}/"
+
 
 def report(names: list[str], scale: str) -> str:
     "How far a study came, and where to look for the cells that were started and have no record."
     cells = {cell.id: cell for name in names for cell in plan(name, scale)}.values()
     done = sum(state(cell) == "done" for cell in cells)
-    late = "stopped at the time budget: " if time.time() > float(os.environ.get("VQSTUDY_DEADLINE", "inf")) else ""
-    again = f"make resume SCALE={scale}" + (f' SWEEP="{" ".join(names)}"' if names != sweeps(scale) else "")
-    ending = f"{late}{done} of {len(cells)} cells done" + (f"; `{again}` goes on" if done < len(cells) else "")
+    late = (
+        "stopped at the time budget: "
+        if time.time() > float(os.environ.get("VQSTUDY_DEADLINE", "inf"))
+        else ""
+    )
+    again = f"make resume SCALE={scale}" + (
+        f' SWEEP="{" ".join(names)}"' if names != sweeps(scale) else ""
+    )
+    ending = f"{late}{done} of {len(cells)} cells done" + (
+        f"; `{again}` goes on" if done < len(cells) else ""
+    )
     return "\n".join([*filter(None, map(_trouble, cells)), ending])
 
 # %% ../nbs/lib/11_study.ipynb #7e7bc20a
 def _arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vqstudy.study", description="Plan, run, collect and draw the cells of a study.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vqstudy.study",
+        description="Plan, run, collect and draw the cells of a study.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    helps = dict(plan="list the cells: what is here, what is in the results, what would run", cell="run one cell", collect="merge records into the results",
-                 draw="draw one figure at a scale", redraw="draw the committed figures in place from the committed results",
-                 choose="print what a tuning sweep chose, as the grids of a sweep")
+    helps = dict(
+        plan="list the cells: what is here, what is in the results, what would run",
+        cell="run one cell",
+        collect="merge records into the results",
+        draw="draw one figure at a scale",
+        redraw="draw the committed figures in place from the committed results",
+        choose="print what a tuning sweep chose, as the grids of a sweep",
+    )
     parts = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
-    for name in ("plan", "cell", "collect", "draw", "choose"): parts[name].add_argument("--scale", default="smoke", choices=SCALES)
-    for name in ("plan", "cell", "collect"): parts[name].add_argument("--sweep", default="", help="a sweep's name; several or none (all) for plan and collect")
-    parts["plan"].add_argument("--missing", action="store_true", help="leave out what the results have already")
+    for name in ("plan", "cell", "collect", "draw", "choose"):
+        parts[name].add_argument("--scale", default="smoke", choices=SCALES)
+    for name in ("plan", "cell", "collect"):
+        parts[name].add_argument(
+            "--sweep", default="", help="a sweep's name; several or none (all) for plan and collect"
+        )
+    parts["plan"].add_argument(
+        "--missing", action="store_true", help="leave out what the results have already"
+    )
     parts["choose"].add_argument("--sweep", required=True, help="the tuning sweep's name")
     parts["cell"].add_argument("--cell", required=True, help="the cell's id")
     parts["draw"].add_argument("figure", help="the stem of a notebook in nbs/figs")
-    parts["redraw"].add_argument("figures", nargs="*", help="stems of notebooks in nbs/figs; all if none")
+    parts["redraw"].add_argument(
+        "figures", nargs="*", help="stems of notebooks in nbs/figs; all if none"
+    )
     return parser.parse_args(words)
 
 # %% ../nbs/lib/11_study.ipynb #5df85d33
@@ -380,17 +601,33 @@ def main(words: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     given = _arguments(words)
     try:
-        if given.command == "cell": return run_cell(given.sweep, given.scale, given.cell)
-        if given.command == "draw": return draw(given.figure, given.scale)
-        if given.command == "redraw": return redraw(given.figures)
+        if given.command == "cell":
+            return run_cell(given.sweep, given.scale, given.cell)
+        if given.command == "draw":
+            return draw(given.figure, given.scale)
+        if given.command == "redraw":
+            return redraw(given.figures)
         names = chosen(given.sweep, given.scale)
-        if given.command == "choose": print(declared(choice(given.sweep, given.scale)))
-        elif given.command == "plan": print(overview(names, given.scale, given.missing))
-        else: print(*(collect(name, given.scale).relative_to(root()) for name in names), sep="\n")
+        if given.command == "choose":
+            print(declared(choice(given.sweep, given.scale)))
+        elif given.command == "plan":
+            print(overview(names, given.scale, given.missing))
+        else:
+            print(*(collect(name, given.scale).relative_to(root()) for name in names), sep="\n")
         return 0
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError, TimeoutError, ProcessLookupError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        FileNotFoundError,
+        TimeoutError,
+        ProcessLookupError,
+    ) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt:
+        return 130
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -25,78 +25,112 @@ def reproducible(seed: int, threads: int = 1, device: str = "auto") -> torch.dev
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. Raises ValueError for another, RuntimeError for CUDA where there is none.
     """
-    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available(): raise RuntimeError("device 'cuda' was asked for, and this machine has none")
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device 'cuda' was asked for, and this machine has none")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    chosen = torch.device(
+        "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    )
     torch.use_deterministic_algorithms(chosen.type == "cpu")
     return chosen
 
 # %% ../nbs/lib/08_train.ipynb #cc96effa
 def schedule(step: int, total: int, warmup: float = 1 / 9, then: str = "cosine") -> float:
-    "The factor of the learning rate at `step` of `total` steps; `warmup` is a share of the total; then: \"cosine\" or \"constant\"."
+    'The factor of the learning rate at `step` of `total` steps; `warmup` is a share of the total; then: "cosine" or "constant".'
     rise = warmup * total
-    if step < rise: return (step + 1) / (rise + 1)
-    if then == "constant": return 1.0
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if then == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 # %% ../nbs/lib/08_train.ipynb #376ee964
 @dataclass(frozen=True)
 class Settings:
     "What decides a run, apart from the model, the data and the seed. A checkpoint is only resumed under the settings that it was made with."
+
     epochs: int = 10
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    optimizer: str = "adamw"             # or sgd; of the network
+    optimizer: str = "adamw"  # or sgd; of the network
     betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.0                # of sgd, the network's and the codebook's
-    warmup: float = 1 / 9                # share of all steps
-    decay: str = "cosine"                # of the learning rate after the warm-up, or constant
-    codebook_optimizer: str = "adamw"    # or sgd
-    codebook_lr: float = 1.0             # times lr
-    clip: float | None = None            # largest norm of the gradient
-    autocast: str | None = None          # bfloat16 or float16
+    momentum: float = 0.0  # of sgd, the network's and the codebook's
+    warmup: float = 1 / 9  # share of all steps
+    decay: str = "cosine"  # of the learning rate after the warm-up, or constant
+    codebook_optimizer: str = "adamw"  # or sgd
+    codebook_lr: float = 1.0  # times lr
+    clip: float | None = None  # largest norm of the gradient
+    autocast: str | None = None  # bfloat16 or float16
     channels_last: bool = False
-    compile: bool = False                # torch.compile of the model
-    inner: int = 1                       # steps on the codebook before `outer` steps on the network; only where a quantizer alternates
+    compile: bool = False  # torch.compile of the model
+    inner: int = 1  # steps on the codebook before `outer` steps on the network; only where a quantizer alternates
     outer: int = 1
-    fused: bool = True                   # one inner and one outer step in a single forward pass
-    seed: int = 0                        # of the order of the data
+    fused: bool = True  # one inner and one outer step in a single forward pass
+    seed: int = 0  # of the order of the data
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "inner", "outer"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1: raise ValueError(f"warmup is a share of all steps in 0..1, got {self.warmup}")
-        if not 0 <= self.momentum < 1: raise ValueError(f"momentum must lie in 0..1, got {self.momentum}")
-        if self.decay not in ("cosine", "constant"): raise ValueError(f"decay must be 'cosine' or 'constant', got {self.decay!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of all steps in 0..1, got {self.warmup}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in 0..1, got {self.momentum}")
+        if self.decay not in ("cosine", "constant"):
+            raise ValueError(f"decay must be 'cosine' or 'constant', got {self.decay!r}")
         for name in ("optimizer", "codebook_optimizer"):
-            if getattr(self, name) not in ("adamw", "sgd"): raise ValueError(f"{name} must be 'adamw' or 'sgd', got {getattr(self, name)!r}")
-        if self.autocast not in (None, "bfloat16", "float16"): raise ValueError(f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}")
+            if getattr(self, name) not in ("adamw", "sgd"):
+                raise ValueError(f"{name} must be 'adamw' or 'sgd', got {getattr(self, name)!r}")
+        if self.autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(
+                f"autocast must be None, 'bfloat16' or 'float16', got {self.autocast!r}"
+            )
 
 # %% ../nbs/lib/08_train.ipynb #889e5473
 def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer]:
-    """"network" and "codebook": AdamW or SGD each; the codebook's, for whatever codebooks learn (tables, affine maps), without weight decay.
+    """ "network" and "codebook": AdamW or SGD each; the codebook's, for whatever codebooks learn (tables, affine maps), without weight decay.
 
     Each group knows its `base_lr`. One of the two is missing where there is nothing for it to learn.
     """
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
+
     def make(kind, learned, lr, weight_decay):
         group = [{"params": learned, "base_lr": lr}]
-        if kind == "sgd": return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
+        if kind == "sgd":
+            return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
         return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
-    parts = {"network": (s.optimizer, [p for p in parameters if id(p) not in books], s.lr, s.weight_decay),
-             "codebook": (s.codebook_optimizer, [p for p in parameters if id(p) in books], s.lr * s.codebook_lr, 0.0)}
+
+    parts = {
+        "network": (
+            s.optimizer,
+            [p for p in parameters if id(p) not in books],
+            s.lr,
+            s.weight_decay,
+        ),
+        "codebook": (
+            s.codebook_optimizer,
+            [p for p in parameters if id(p) in books],
+            s.lr * s.codebook_lr,
+            0.0,
+        ),
+    }
     return {name: make(*part) for name, part in parts.items() if part[1]}
 
 # %% ../nbs/lib/08_train.ipynb #8bf0731c
 class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; names the step, the loss and the last good checkpoint."
 
+
 class OutOfTime(RuntimeError):
     "The deadline came; the checkpoint it names goes on from here."
+
 
 def save_checkpoint(path: Path, state: dict) -> None:
     "Write atomically: a reader finds the old checkpoint or the new one, never a part."
@@ -106,10 +140,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
     try:
         with open(half, "wb") as f:
             torch.save(state, f)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
 
 def load_checkpoint(path: Path) -> dict:
     "Read what `save_checkpoint` wrote, on the CPU, executing nothing."
@@ -120,27 +156,43 @@ def random_state() -> dict:
     "The states of Python's, numpy's and torch's generators, as plain data."
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    return {"python": [version, list(internal), gauss], "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
 
 def set_random_state(state: dict) -> None:
     "Back to a state of `random_state`."
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+    np.random.set_state(
+        (state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:])
+    )
     torch.set_rng_state(state["torch"])
-    if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../nbs/lib/08_train.ipynb #9679dc22
 class _Loop:
     "Model, data, optimisers and how far they are."
+
     def __init__(self, model, loss_fn, x, y, s: Settings, device: torch.device):
         self.memory_format = torch.channels_last if s.channels_last else torch.contiguous_format
-        self.model, self.s, self.device = model.to(device, memory_format=self.memory_format).train(), s, device
+        self.model, self.s, self.device = (
+            model.to(device, memory_format=self.memory_format).train(),
+            s,
+            device,
+        )
         self.x, self.y = x.to(device), None if y is None else y.to(device)
         runner = torch.compile(model) if s.compile else model
         self.loss = lambda x, y: loss_fn(runner, x, y)
-        self.optimizers, self.scaler = optimizers(model, s), torch.amp.GradScaler(device.type, enabled=s.autocast == "float16")
+        self.optimizers, self.scaler = (
+            optimizers(model, s),
+            torch.amp.GradScaler(device.type, enabled=s.autocast == "float16"),
+        )
         self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
         self.asking = [q for q in self.quantizers if isinstance(getattr(q, "rule", None), str)]
         self.alternating = [q for q in self.quantizers if getattr(q, "alternate", False)]
@@ -150,10 +202,20 @@ class _Loop:
         self.monitor, self.observed, self.instruments, self.apart = None, [], {}, 0.0
 
     def state(self) -> dict:
-        return {"settings": asdict(self.s), "step": self.step, "history": self.history, "seconds": self.seconds, "sums": self.sums,
-                "model": self.model.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-                "scaler": self.scaler.state_dict(), "random": random_state(), "pending": [p.grad for p in self.tables()],
-                "observed": self.observed, "instruments": self.instruments}
+        return {
+            "settings": asdict(self.s),
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "pending": [p.grad for p in self.tables()],
+            "observed": self.observed,
+            "instruments": self.instruments,
+        }
 
     def tables(self) -> list[Tensor]:
         "What an inner step teaches; alternation leaves gradients pending on it between steps."
@@ -161,11 +223,20 @@ class _Loop:
 
     def load(self, state: dict, name: str) -> None:
         now, then = asdict(self.s), state["settings"]
-        other = [f"{k} is {now.get(k)} and was {then.get(k)}" for k in now.keys() | then.keys() if now.get(k) != then.get(k)]
-        if other: raise ValueError(f"checkpoint {name} was made with other settings: {'; '.join(sorted(other))}. Remove it, or go on with its own.")
+        other = [
+            f"{k} is {now.get(k)} and was {then.get(k)}"
+            for k in now.keys() | then.keys()
+            if now.get(k) != then.get(k)
+        ]
+        if other:
+            raise ValueError(
+                f"checkpoint {name} was made with other settings: {'; '.join(sorted(other))}. Remove it, or go on with its own."
+            )
         self.model.load_state_dict(state["model"])
-        for k, o in self.optimizers.items(): o.load_state_dict(state["optimizers"][k])
-        for p, grad in zip(self.tables(), state["pending"], strict=True): p.grad = None if grad is None else grad.to(p)
+        for k, o in self.optimizers.items():
+            o.load_state_dict(state["optimizers"][k])
+        for p, grad in zip(self.tables(), state["pending"], strict=True):
+            p.grad = None if grad is None else grad.to(p)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self.observed, self.instruments = state["observed"], state["instruments"]
@@ -176,8 +247,10 @@ class _Loop:
 def _batches(loop: _Loop):
     "The rest of the present epoch, from the present step on: x (b, 3, h, w) in 0..1 and y (b,) or None."
     epoch, done = divmod(loop.step, loop.per_epoch)
-    order = torch.randperm(len(loop.x), generator=torch.Generator().manual_seed(loop.s.seed * 1_000_003 + epoch)).to(loop.device)
-    for rows in order.split(loop.s.batch_size)[done:loop.per_epoch]:
+    order = torch.randperm(
+        len(loop.x), generator=torch.Generator().manual_seed(loop.s.seed * 1_000_003 + epoch)
+    ).to(loop.device)
+    for rows in order.split(loop.s.batch_size)[done : loop.per_epoch]:
         x = loop.x[rows].float().div_(255).contiguous(memory_format=loop.memory_format)
         yield x, None if loop.y is None else loop.y[rows]
 
@@ -187,16 +260,22 @@ def _check(loop: _Loop) -> None:
     pending, loop.unchecked = loop.unchecked, []
     values = torch.stack([loss for _, loss in pending]).tolist() if pending else []
     for (step, _), loss in zip(pending, values):
-        if not math.isfinite(loss): raise NonFiniteLoss(f"the loss was {loss} at step {step} of {loop.total}")
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss was {loss} at step {step} of {loop.total}")
+
 
 def _learn(loop: _Loop, names: tuple[str, ...]) -> None:
     "One step of the named optimisers at the present learning rate, which uses up their gradients."
     factor = schedule(loop.step - 1, loop.total, loop.s.warmup, loop.s.decay)
     there = [loop.optimizers[name] for name in names if name in loop.optimizers]
-    for group in (group for o in there for group in o.param_groups): group["lr"] = group["base_lr"] * factor
+    for group in (group for o in there for group in o.param_groups):
+        group["lr"] = group["base_lr"] * factor
     if loop.s.clip is not None and "network" in names:
-        for o in there: loop.scaler.unscale_(o)
-        nn.utils.clip_grad_norm_([p for o in there for group in o.param_groups for p in group["params"]], loop.s.clip)
+        for o in there:
+            loop.scaler.unscale_(o)
+        nn.utils.clip_grad_norm_(
+            [p for o in there for group in o.param_groups for p in group["params"]], loop.s.clip
+        )
     for o in there:
         loop.scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -205,110 +284,164 @@ def _learn(loop: _Loop, names: tuple[str, ...]) -> None:
 def _backward(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     "The loss of a batch and its gradients; returns the loss and its parts."
     _attach(loop, x, y)
-    with torch.autocast(loop.device.type, getattr(torch, loop.s.autocast or "bfloat16"), enabled=loop.s.autocast is not None):
+    with torch.autocast(
+        loop.device.type,
+        getattr(torch, loop.s.autocast or "bfloat16"),
+        enabled=loop.s.autocast is not None,
+    ):
         loss, parts = loop.loss(x, y)
     loop.unchecked.append((loop.step, loss.detach()))
-    if loop.device.type == "cpu" or len(loop.unchecked) >= 50: _check(loop)
+    if loop.device.type == "cpu" or len(loop.unchecked) >= 50:
+        _check(loop)
     loop.scaler.scale(loss).backward()
     return {"loss": loss.detach(), **parts}
 
+
 def _observe(loop: _Loop) -> None:
     "Show the model to the monitor, just before the task's gradient is taken; keep what it returns, and its time apart from the training's."
-    if loop.monitor is None: return
-    if loop.device.type == "cuda": torch.cuda.synchronize()  # or it would wait for the training's work, and be charged for it
+    if loop.monitor is None:
+        return
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize()  # or it would wait for the training's work, and be charged for it
     start = time.perf_counter()
     if seen := loop.monitor(loop.model, loop.step - 1):
         row, seconds = seen
         loop.observed.append({"step": loop.step - 1, **row})
-        for name, value in seconds.items(): loop.instruments[name] = loop.instruments.get(name, 0.0) + value
+        for name, value in seconds.items():
+            loop.instruments[name] = loop.instruments.get(name, 0.0) + value
     loop.apart += time.perf_counter() - start
 
 # %% ../nbs/lib/08_train.ipynb #e367bc97
 def _advance(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
     "One training step: jointly, or alternated where a quantizer asks for it."
-    for q in loop.quantizers: q.anneal(loop.step / loop.total)
+    for q in loop.quantizers:
+        q.anneal(loop.step / loop.total)
     loop.step += 1
-    if loop.alternating: logs = _alternate(loop, x, y)
+    if loop.alternating:
+        logs = _alternate(loop, x, y)
     else:
         _observe(loop)
         logs = _backward(loop, x, y)
         _learn(loop, ("network", "codebook"))
     loop.scaler.update()
-    for name, value in logs.items(): loop.sums[name] = loop.sums.get(name, 0) + value.double()
+    for name, value in logs.items():
+        loop.sums[name] = loop.sums.get(name, 0) + value.double()
 
 # %% ../nbs/lib/08_train.ipynb #0bd48df6
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     "Batch norm normalises as ever inside, and its running statistics do not move."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms: m.track_running_stats = False
-    try: yield
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
     finally:
-        for m in norms: m.track_running_stats = True
+        for m in norms:
+            m.track_running_stats = True
+
 
 def _attach(loop: _Loop, x: Tensor, y: Tensor | None) -> None:
     "Give the quantizers that ask for it the task's loss as a function of the decoder's input."
+
     def loss_at(v):
-        with still(loop.model): return loop.scaler.scale(loop.model.decoder_loss(v, x, y))
-    for q in loop.asking: q.attach(loss_at)
+        with still(loop.model):
+            return loop.scaler.scale(loop.model.decoder_loss(v, x, y))
+
+    for q in loop.asking:
+        q.attach(loss_at)
 
 # %% ../nbs/lib/08_train.ipynb #77ca433b
-class _Seen(Exception): "The quantizer has got its input; nothing after it is needed."
+class _Seen(Exception):
+    "The quantizer has got its input; nothing after it is needed."
+
 
 def _latents(loop: _Loop, q: Quantizer, x: Tensor) -> Tensor:
     "What reaches a quantizer from a batch, without gradients and without a step of its upkeep."
     kept = []
-    def stop(module, args): kept.append(args[0]); raise _Seen
+
+    def stop(module, args):
+        kept.append(args[0])
+        raise _Seen
+
     handle = q.register_forward_pre_hook(stop)
     try:
-        with torch.no_grad(): loop.model(x)
-    except _Seen: return kept[0]
-    finally: handle.remove()
+        with torch.no_grad():
+            loop.model(x)
+    except _Seen:
+        return kept[0]
+    finally:
+        handle.remove()
     raise RuntimeError("the model never calls its alternating quantizer")
+
 
 def _inner(loop: _Loop, loss: Tensor) -> None:
     "One step of the codebook on the commitment loss, together with what the last outer step left it."
-    with torch.enable_grad(): loss.backward(inputs=loop.tables())
+    with torch.enable_grad():
+        loss.backward(inputs=loop.tables())
     _learn(loop, ("codebook",))
 
 # %% ../nbs/lib/08_train.ipynb #4da92c32
 def _alternate(loop: _Loop, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     "Inner steps on the codebook, outer steps on the network; the logs of the last outer step."
     s, fused = loop.s, loop.s.fused and loop.s.inner == loop.s.outer == 1
-    xs = x.tensor_split(1 if fused else s.inner + s.outer)  # chunk would make fewer parts of a small batch
+    xs = x.tensor_split(
+        1 if fused else s.inner + s.outer
+    )  # chunk would make fewer parts of a small batch
     ys = [None] * len(xs) if y is None else y.tensor_split(len(xs))
-    for part in () if fused else xs[:s.inner]:
-        for q in loop.alternating: _inner(loop, q.inner_loss(_latents(loop, q, part)))
-    if not fused: _observe(loop)
+    for part in () if fused else xs[: s.inner]:
+        for q in loop.alternating:
+            _inner(loop, q.inner_loss(_latents(loop, q, part)))
+    if not fused:
+        _observe(loop)
     left = len(loop.alternating)
+
     def step(loss):
         nonlocal left
         _inner(loop, loss)
         left -= 1
-        if left == 0: _observe(loop)  # all codebooks have moved
-    for q in loop.alternating: q.inner_step = step if fused else None
+        if left == 0:
+            _observe(loop)  # all codebooks have moved
+
+    for q in loop.alternating:
+        q.inner_step = step if fused else None
     try:
-        for part, labels in zip(xs[0 if fused else s.inner:], ys[0 if fused else s.inner:]):
+        for part, labels in zip(xs[0 if fused else s.inner :], ys[0 if fused else s.inner :]):
             logs = _backward(loop, part, labels)
             _learn(loop, ("network",))
     finally:
-        for q in loop.alternating: q.inner_step = None
+        for q in loop.alternating:
+            q.inner_step = None
     return logs
 
 # %% ../nbs/lib/08_train.ipynb #86666827
 def _close_epoch(loop: _Loop, evaluate: Callable[[nn.Module], dict] | None) -> None:
     "Append the epoch's row of history: means of the training losses, and what `evaluate(model)` measures."
-    row = {"epoch": loop.step // loop.per_epoch, **{k: float(v) / loop.per_epoch for k, v in loop.sums.items()}}
+    row = {
+        "epoch": loop.step // loop.per_epoch,
+        **{k: float(v) / loop.per_epoch for k, v in loop.sums.items()},
+    }
     loop.sums = {}
     if evaluate is not None:
         loop.model.eval()
-        with torch.no_grad(): row |= evaluate(loop.model)
+        with torch.no_grad():
+            row |= evaluate(loop.model)
         loop.model.train()
     loop.history.append(row)
 
-def _epoch(loop: _Loop, save: Callable[[], None], save_every: float, deadline: float | None, bar: tqdm) -> None:
+
+def _epoch(
+    loop: _Loop, save: Callable[[], None], save_every: float, deadline: float | None, bar: tqdm
+) -> None:
     "Train to the end of the present epoch; save now and then, and stop at the deadline."
-    def clock(): return time.perf_counter() - loop.apart
+
+    def clock():
+        return time.perf_counter() - loop.apart
+
     start = saved = clock()
     before = loop.seconds
     for x, y in _batches(loop):
@@ -317,8 +450,11 @@ def _epoch(loop: _Loop, save: Callable[[], None], save_every: float, deadline: f
         now, inside = clock(), loop.step % loop.per_epoch > 0
         loop.seconds = before + now - start
         late = deadline is not None and time.time() > deadline
-        if inside and (late or now - saved > save_every): save(); saved = clock()
-        if inside and late: raise OutOfTime(f"out of time at step {loop.step} of {loop.total}")
+        if inside and (late or now - saved > save_every):
+            save()
+            saved = clock()
+        if inside and late:
+            raise OutOfTime(f"out of time at step {loop.step} of {loop.total}")
     _check(loop)  # also waits for the GPU, so that the clock counts its work
     loop.seconds = before + clock() - start
 
@@ -326,6 +462,7 @@ def _epoch(loop: _Loop, save: Callable[[], None], save_every: float, deadline: f
 @dataclass
 class Fitted:
     "What `fit` returns: the trained model, one row of history an epoch, what it cost, and the rows of its monitor, one a step that it chose."
+
     model: nn.Module
     history: list[dict]
     cost: dict[str, float] = field(default_factory=dict)
@@ -336,27 +473,45 @@ class Fitted:
         "The last epoch's row, without its number."
         return {k: v for k, v in self.history[-1].items() if k != "epoch"}
 
+
 def _check_model(model: nn.Module, s: Settings) -> None:
     "Refuse what a quantizer asks for and this model or these settings cannot give."
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    if any(isinstance(getattr(q, "rule", None), str) for q in quantizers) and not hasattr(model, "decoder_loss"):
-        raise ValueError("a quantizer's rule asks the decoder: the model must have decoder_loss(v, x, y)")
-    if not any(getattr(q, "alternate", False) for q in quantizers): return
-    if s.autocast == "float16": raise ValueError("autocast float16 cannot be used with alternation: gradients wait between steps, and their scale may change")
-    if s.batch_size < s.inner + s.outer: raise ValueError(f"batch_size must be at least inner + outer = {s.inner + s.outer}, got {s.batch_size}")
+    if any(isinstance(getattr(q, "rule", None), str) for q in quantizers) and not hasattr(
+        model, "decoder_loss"
+    ):
+        raise ValueError(
+            "a quantizer's rule asks the decoder: the model must have decoder_loss(v, x, y)"
+        )
+    if not any(getattr(q, "alternate", False) for q in quantizers):
+        return
+    if s.autocast == "float16":
+        raise ValueError(
+            "autocast float16 cannot be used with alternation: gradients wait between steps, and their scale may change"
+        )
+    if s.batch_size < s.inner + s.outer:
+        raise ValueError(
+            f"batch_size must be at least inner + outer = {s.inner + s.outer}, got {s.batch_size}"
+        )
 
 # %% ../nbs/lib/08_train.ipynb #6778a153
 def fit(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]],  # (model, x, y) -> loss, parts to log
-    data,                                  # an ImageSet, or anything with .x uint8 (n, 3, h, w) and .y (n,) or None
+    loss_fn: Callable[
+        [nn.Module, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]
+    ],  # (model, x, y) -> loss, parts to log
+    data,  # an ImageSet, or anything with .x uint8 (n, 3, h, w) and .y (n,) or None
     settings: Settings = Settings(),
     *,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,  # after every epoch, in eval mode, without gradients
-    checkpoint: Path | str | None = None,  # written after every epoch and every `save_every` seconds; resumed from if it is there
-    save_every: float = 60.0,              # seconds of training
-    monitor: Callable[[nn.Module, int], tuple[dict, dict] | None] | None = None,  # in every step, just before the task's gradient: a row and its seconds, or None
-    deadline: float | None = None,         # unix time at which to stop
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    | None = None,  # after every epoch, in eval mode, without gradients
+    checkpoint: Path
+    | str
+    | None = None,  # written after every epoch and every `save_every` seconds; resumed from if it is there
+    save_every: float = 60.0,  # seconds of training
+    monitor: Callable[[nn.Module, int], tuple[dict, dict] | None]
+    | None = None,  # in every step, just before the task's gradient: a row and its seconds, or None
+    deadline: float | None = None,  # unix time at which to stop
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Fitted:
@@ -367,18 +522,30 @@ def fit(
     Raises NonFiniteLoss (step, loss, last good checkpoint), OutOfTime at the deadline after saving, ValueError for a batch larger than
     the set or a checkpoint made under other settings.
     """
-    if len(data.x) < settings.batch_size: raise ValueError(f"batch_size must be at most the set's size {len(data.x)}, got {settings.batch_size}")
+    if len(data.x) < settings.batch_size:
+        raise ValueError(
+            f"batch_size must be at most the set's size {len(data.x)}, got {settings.batch_size}"
+        )
     checkpoint = None if checkpoint is None else Path(checkpoint)
     _check_model(model, settings)
     loop = _Loop(model, loss_fn, data.x, data.y, settings, torch.device(device))
     loop.monitor = monitor
-    if checkpoint is not None and checkpoint.exists(): loop.load(load_checkpoint(checkpoint), checkpoint.name)
+    if checkpoint is not None and checkpoint.exists():
+        loop.load(load_checkpoint(checkpoint), checkpoint.name)
 
     def save():
         _check(loop)
-        if checkpoint is not None: save_checkpoint(checkpoint, loop.state())
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, loop.state())
 
-    with tqdm(total=loop.total, initial=loop.step, disable=not progress, mininterval=2, unit="step", leave=False) as bar:
+    with tqdm(
+        total=loop.total,
+        initial=loop.step,
+        disable=not progress,
+        mininterval=2,
+        unit="step",
+        leave=False,
+    ) as bar:
         try:
             while loop.step < loop.total:
                 _epoch(loop, save, save_every, deadline, bar)
@@ -388,6 +555,17 @@ def fit(
                     raise OutOfTime(f"out of time at step {loop.step} of {loop.total}")
         except (NonFiniteLoss, OutOfTime) as error:
             there = checkpoint is not None and checkpoint.exists()
-            raise type(error)(f"{error}; last good checkpoint: {checkpoint if there else 'none'}") from None
-    cost = {"steps": loop.total, "train_seconds": loop.seconds, "seconds_per_step": loop.seconds / max(1, loop.total)}
-    return Fitted(model, loop.history, cost | {f"monitor_{name}_seconds": value for name, value in loop.instruments.items()}, loop.observed)
+            raise type(error)(
+                f"{error}; last good checkpoint: {checkpoint if there else 'none'}"
+            ) from None
+    cost = {
+        "steps": loop.total,
+        "train_seconds": loop.seconds,
+        "seconds_per_step": loop.seconds / max(1, loop.total),
+    }
+    return Fitted(
+        model,
+        loop.history,
+        cost | {f"monitor_{name}_seconds": value for name, value in loop.instruments.items()},
+        loop.observed,
+    )

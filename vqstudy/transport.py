@@ -21,7 +21,10 @@ def _column_sums(x: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
     sums = x.logsumexp(0)
     return sums if ranks() == 1 else joined(sums[None]).logsumexp(0)
 
-def _potentials(scores: Float[Tensor, "n k"], iterations: int) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "k"]]:
+
+def _potentials(
+    scores: Float[Tensor, "n k"], iterations: int
+) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "k"]]:
     "f and g with exp(f + g + scores) near uniform columns and with exact rows."
     log_n, log_k = total(scores.new_full((), len(scores))).log(), math.log(scores.shape[1])
     f, g = scores.new_zeros(len(scores), 1), scores.new_zeros(scores.shape[1])
@@ -32,18 +35,23 @@ def _potentials(scores: Float[Tensor, "n k"], iterations: int) -> tuple[Float[Te
 
 # %% ../nbs/lib/02e_transport.ipynb #0fbf9022
 def _check(epsilon: float, iterations: int) -> None:
-    if not (isinstance(epsilon, (int, float)) and epsilon > 0): raise ValueError(f"epsilon must be a positive number, got {epsilon!r}")
+    if not (isinstance(epsilon, (int, float)) and epsilon > 0):
+        raise ValueError(f"epsilon must be a positive number, got {epsilon!r}")
     whole("iterations", iterations)
 
+
 @torch.no_grad()
-def sinkhorn(cost: Float[Tensor, "n k"], epsilon: float = 0.1, iterations: int = 5) -> Float[Tensor, "n k"]:
+def sinkhorn(
+    cost: Float[Tensor, "n k"], epsilon: float = 0.1, iterations: int = 5
+) -> Float[Tensor, "n k"]:
     """Plan of least cost between n vectors and k codes, each side uniform, smoothed by epsilon (Cuturi 2013); rows sum to 1/n exactly.
 
     Computed at least in float32; holds a few n x k matrices. Raises ValueError or TypeError for a cost that is no finite matrix, epsilon <= 0, iterations < 1.
     """
     _check(epsilon, iterations)
     check_vectors("cost", cost)
-    if cost.ndim != 2: raise ValueError(f"cost must be (n, k), got shape {tuple(cost.shape)}")
+    if cost.ndim != 2:
+        raise ValueError(f"cost must be (n, k), got shape {tuple(cost.shape)}")
     with torch.autocast(cost.device.type, enabled=False):
         scores = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
         f, g = _potentials(scores, iterations)
@@ -51,7 +59,12 @@ def sinkhorn(cost: Float[Tensor, "n k"], epsilon: float = 0.1, iterations: int =
 
 # %% ../nbs/lib/02e_transport.ipynb #58840a0c
 @torch.no_grad()
-def sinkhorn_codes(x: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], epsilon: float = 0.1, iterations: int = 5) -> Int64[Tensor, "n"]:
+def sinkhorn_codes(
+    x: Float[Tensor, "n d"],
+    codebook: Float[Tensor, "k d"],
+    epsilon: float = 0.1,
+    iterations: int = 5,
+) -> Int64[Tensor, "n"]:
     """The code to which the transport plan sends most of each vector, cost the Euclidean distance over its deviation (Zhang et al. 2024, OptVQ).
 
     Vectors share the codes out evenly, so a code depends on the whole (joined) batch. Holds a few n x k matrices. Raises ValueError or TypeError for
@@ -65,6 +78,7 @@ def sinkhorn_codes(x: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], epsi
         cost = torch.cdist(x.to(dtype), codebook.to(dtype))
         scores = cost / (-epsilon * _deviation(cost))
         return (scores + _potentials(scores, iterations)[1]).argmax(1)
+
 
 def _deviation(cost: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
     "Standard deviation of all entries over the (joined) batch; 1 where they are all the same."
@@ -80,11 +94,16 @@ class OptVQ(VectorQuantizer):
     epsilon: smoothing of the plan, in deviations of the cost; iterations: of Sinkhorn's algorithm. Other options: VectorQuantizer's, `metric`
     stays "euclidean". Holds the batch's n x k plan. Raises ValueError for epsilon or iterations that are not positive.
     """
-    def __init__(self, dim: int, num_codes: int, epsilon: float = 0.1, iterations: int = 5, **options):
+
+    def __init__(
+        self, dim: int, num_codes: int, epsilon: float = 0.1, iterations: int = 5, **options
+    ):
         _check(epsilon, iterations)
-        if options.get("metric", "euclidean") != "euclidean": raise ValueError(f"metric must be 'euclidean' here, got {options['metric']!r}")
+        if options.get("metric", "euclidean") != "euclidean":
+            raise ValueError(f"metric must be 'euclidean' here, got {options['metric']!r}")
         super().__init__(dim, num_codes, **options)
         self.epsilon, self.iterations = epsilon, iterations
 
     def choose(self, x, codebook):
-        with torch.no_grad(): return sinkhorn_codes(x, codebook, self.epsilon, self.iterations)
+        with torch.no_grad():
+            return sinkhorn_codes(x, codebook, self.epsilon, self.iterations)

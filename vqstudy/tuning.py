@@ -13,15 +13,25 @@ from .cells import Cell, plan
 from .records import read_table, results_folder, text
 
 # %% ../nbs/lib/10c_tuning.ipynb #e13b84f2
-def _trials(cells: list[Cell], rows: dict[str, dict[str, str]]) -> list[tuple[float, dict[str, Any]]]:
+def _trials(
+    cells: list[Cell], rows: dict[str, dict[str, str]]
+) -> list[tuple[float, dict[str, Any]]]:
     "Mean metric over seeds (infinite where one failed or diverged) and setting of every trial of one method."
-    varies = [name for name in cells[0].parameters if name != "seed" and len({text(cell.parameters[name]) for cell in cells}) > 1]
+    varies = [
+        name
+        for name in cells[0].parameters
+        if name != "seed" and len({text(cell.parameters[name]) for cell in cells}) > 1
+    ]
     scores: dict[str, list[float]] = {}
     settings = {}
     for cell in cells:
         setting = {name: cell.parameters[name] for name in varies}
         row, key = rows[cell.id], json.dumps(setting)
-        scores.setdefault(key, []).append(float(row[cell.metric]) if row["status"] == "done" and row[cell.metric] else float("inf"))
+        scores.setdefault(key, []).append(
+            float(row[cell.metric])
+            if row["status"] == "done" and row[cell.metric]
+            else float("inf")
+        )
         settings[key] = setting
     return [(fmean(scores[key]), settings[key]) for key in settings]
 
@@ -32,19 +42,39 @@ def choice(name: str, scale: str) -> dict[str, dict[str, Any]]:
     Raises ValueError for trials without a row, for methods with different numbers of trials, and for a method of which no trial ended well.
     """
     planned = plan(name, scale)
-    rows = {row["cell"]: row for row in read_table(results_folder(scale) / f"{name}.csv") if row["scale"] == scale}
+    rows = {
+        row["cell"]: row
+        for row in read_table(results_folder(scale) / f"{name}.csv")
+        if row["scale"] == scale
+    }
     missing = sum(cell.id not in rows for cell in planned)
-    if missing: raise ValueError(f"{name}, scale {scale}: {missing} of {len(planned)} trials are not in the results; `make study SCALE={scale} SWEEP={name}` runs them")
+    if missing:
+        raise ValueError(
+            f"{name}, scale {scale}: {missing} of {len(planned)} trials are not in the results; `make study SCALE={scale} SWEEP={name}` runs them"
+        )
     methods = dict.fromkeys(cell.parameters["method"] for cell in planned)
-    trials = {method: _trials([cell for cell in planned if cell.parameters["method"] == method], rows) for method in methods}
-    if len({len(tried) for tried in trials.values()}) > 1: raise ValueError(f"{name}, scale {scale}: methods have different numbers of trials: { {m: len(t) for m, t in trials.items()} }")
+    trials = {
+        method: _trials([cell for cell in planned if cell.parameters["method"] == method], rows)
+        for method in methods
+    }
+    if len({len(tried) for tried in trials.values()}) > 1:
+        raise ValueError(
+            f"{name}, scale {scale}: methods have different numbers of trials: { {m: len(t) for m, t in trials.items()} }"
+        )
     best = {method: min(tried, key=lambda trial: trial[0]) for method, tried in trials.items()}
-    if lost := [method for method, (score, _) in best.items() if score == float("inf")]: raise ValueError(f"{name}, scale {scale}: no trial ended well of {', '.join(lost)}")
+    if lost := [method for method, (score, _) in best.items() if score == float("inf")]:
+        raise ValueError(f"{name}, scale {scale}: no trial ended well of {', '.join(lost)}")
     return {method: setting for method, (_, setting) in best.items()}
 
 # %% ../nbs/lib/10c_tuning.ipynb #1b329323
 def declared(choices: dict[str, dict[str, Any]]) -> str:
     "Choices as the grids of a sweep's YAML: methods with equal settings together, a line each."
     groups: dict[str, list[str]] = {}
-    for method, setting in choices.items(): groups.setdefault(json.dumps({name: [value] for name, value in setting.items()}), []).append(method)
-    return "\n".join(f"- {json.dumps({'method': methods} | json.loads(setting))}" for setting, methods in groups.items())
+    for method, setting in choices.items():
+        groups.setdefault(
+            json.dumps({name: [value] for name, value in setting.items()}), []
+        ).append(method)
+    return "\n".join(
+        f"- {json.dumps({'method': methods} | json.loads(setting))}"
+        for setting, methods in groups.items()
+    )

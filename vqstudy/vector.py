@@ -14,7 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantized, Quantizer, commitment, whole
 from .codebook import Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
-from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian, straight_through
+from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian
+from .estimators import straight_through
 from .search import nearest
 
 # %% ../nbs/lib/02b_vector.ipynb #25750f02
@@ -22,12 +23,32 @@ class CodebookQuantizer(Quantizer):
     """Base of quantizers with a `Codebook` and upkeep: init, l2, map of the codebook; decay, smoothing of `MovingAverage` (decay None: the loss
     teaches the codebook); life_span of `Replacement`, refit: training steps between repeated k-means (Lancucki et al. 2020); None: never.
     """
-    def __init__(self, dim: int, num_codes: int, init: str = "normal", l2: bool = False, map: nn.Module | None = None, decay: float | None = None,
-                 smoothing: float = 1e-5, life_span: int | None = None, refit: int | None = None, channel_dim: int = -1, check_finite: bool | None = None):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        init: str = "normal",
+        l2: bool = False,
+        map: nn.Module | None = None,
+        decay: float | None = None,
+        smoothing: float = 1e-5,
+        life_span: int | None = None,
+        refit: int | None = None,
+        channel_dim: int = -1,
+        check_finite: bool | None = None,
+    ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        if refit is not None: whole("refit", refit)
-        if map is not None and decay is not None: raise ValueError("map and decay exclude each other: moving averages place each code themselves")
-        if isinstance(map, LinearMap) and (life_span or refit): raise ValueError("a LinearMap of a frozen table cannot take single new codes: leave out life_span and refit")
+        if refit is not None:
+            whole("refit", refit)
+        if map is not None and decay is not None:
+            raise ValueError(
+                "map and decay exclude each other: moving averages place each code themselves"
+            )
+        if isinstance(map, LinearMap) and (life_span or refit):
+            raise ValueError(
+                "a LinearMap of a frozen table cannot take single new codes: leave out life_span and refit"
+            )
         self.book = Codebook(dim, num_codes, init, l2, learn=decay is None, map=map)
         self.average = None if decay is None else MovingAverage(self.book.weight, decay, smoothing)
         self.alive = None if life_span is None else Replacement(num_codes, life_span)
@@ -36,42 +57,64 @@ class CodebookQuantizer(Quantizer):
         self._steps = 0  # `steps` as a plain int: to ask a GPU each step would make it wait
 
     @property
-    def codebook(self) -> Float[Tensor, "k d"]: return self.book()
+    def codebook(self) -> Float[Tensor, "k d"]:
+        return self.book()
 
-    def prepare(self, x): return F.normalize(x, dim=1) if self.book.l2 else x
-    def lookup(self, codes): return F.embedding(codes, self.codebook)
+    def prepare(self, x):
+        return F.normalize(x, dim=1) if self.book.l2 else x
+
+    def lookup(self, codes):
+        return F.embedding(codes, self.codebook)
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.refit: self._steps = int(self.steps)
+        if self.refit:
+            self._steps = int(self.steps)
 
 # %% ../nbs/lib/02b_vector.ipynb #05d316b8
 def _begin(self: CodebookQuantizer, x: Float[Tensor, "n d"], how: str | None = None) -> None:
     "Begin the codebook from data, and forget what the moving averages knew."
     self.book.start(x, how)
-    if self.average is not None: self.average.replace(torch.ones_like(self.average.counts, dtype=torch.bool), self.book.weight)
+    if self.average is not None:
+        self.average.replace(
+            torch.ones_like(self.average.counts, dtype=torch.bool), self.book.weight
+        )
+
 
 def before_batch(self: CodebookQuantizer, x: Float[Tensor, "n d"]) -> None:
     "Upkeep of a training step that comes before the assignment: begin, refit, running moments, revival."
-    if self.book.waiting: _begin(self, x)
+    if self.book.waiting:
+        _begin(self, x)
     if self.refit:
-        if self._steps and self._steps % self.refit == 0: _begin(self, x, "kmeans")
+        if self._steps and self._steps % self.refit == 0:
+            _begin(self, x, "kmeans")
         self._steps += 1
         self.steps.fill_(self._steps)
     moving = self.book.map
-    if isinstance(moving, MovingAffine): moving.update(x, self.book.weight if moving.of == "codebook" else self.book.weight[self.assign(x)])
-    if self.alive is not None: self.alive.revive(x, self.book, *([] if self.average is None else [self.average]))
+    if isinstance(moving, MovingAffine):
+        moving.update(
+            x, self.book.weight if moving.of == "codebook" else self.book.weight[self.assign(x)]
+        )
+    if self.alive is not None:
+        self.alive.revive(x, self.book, *([] if self.average is None else [self.average]))
 
-def after_batch(self: CodebookQuantizer, x: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> None:
+
+def after_batch(
+    self: CodebookQuantizer, x: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]
+) -> None:
     "Upkeep of a training step that needs its codes: moving averages, idle times."
-    if self.average is not None: self.average.update(self.book, x, codes)
-    if self.alive is not None: self.alive.note(codes)
+    if self.average is not None:
+        self.average.update(self.book, x, codes)
+    if self.alive is not None:
+        self.alive.note(codes)
 
 # %% ../nbs/lib/02b_vector.ipynb #6307149b
 ASKING = {"exact": exact, "hessian": hessian}
 
+
 class _Asking:
     "Mixin: a rule given by name is made from the attached loss; what is attached belongs to one run, and is neither copied nor pickled."
+
     rule: Rule | str
     loss_at: LossAt | None = None
     inner_step: Callable[[Tensor], None] | None = None  # of fused alternation, see below
@@ -82,21 +125,31 @@ class _Asking:
 
     def forward(self, z: Float[Tensor, "..."]) -> Quantized:
         if isinstance(self.rule, str) and self.training and self.loss_at is None:
-            raise RuntimeError(f"rule {self.rule!r} needs the decoder: fit attaches it, or call attach(loss_at) before each training step")
+            raise RuntimeError(
+                f"rule {self.rule!r} needs the decoder: fit attaches it, or call attach(loss_at) before each training step"
+            )
         return super().forward(z)
 
     def _flat(self, z):
         x, shape = super()._flat(z)
-        if isinstance(self.rule, str): self._seen = (shape, z.dtype)
+        if isinstance(self.rule, str):
+            self._seen = (shape, z.dtype)
         return x, shape
 
     def _rule(self) -> Rule:
-        if not isinstance(self.rule, str): return self.rule
-        if not self.training: return straight_through
+        if not isinstance(self.rule, str):
+            return self.rule
+        if not self.training:
+            return straight_through
         (shape, dtype), loss_at = self._seen, self.loss_at
         return ASKING[self.rule](lambda rows: loss_at(self._unflat(rows.to(dtype), shape)))
 
-    def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k not in ("loss_at", "inner_step", "_seen")}
+    def __getstate__(self):
+        return {
+            k: v
+            for k, v in super().__getstate__().items()
+            if k not in ("loss_at", "inner_step", "_seen")
+        }
 
 # %% ../nbs/lib/02b_vector.ipynb #1f27b3f5
 class VectorQuantizer(_Asking, CodebookQuantizer):
@@ -109,47 +162,109 @@ class VectorQuantizer(_Asking, CodebookQuantizer):
     Compiles with fullgraph=True once the codebook has begun, but for refit (k-means is no graph), "exact" and "hessian" (they run the decoder
     inside backward) and fused alternation (it steps inside forward).
     """
-    def __init__(self, dim: int, num_codes: int, rule: Rule | str = straight_through, metric: str = "euclidean", alpha: float = 1.25, beta: float = 0.8,
-                 perturb: Perturbation | None = None, alternate: bool = False, commit_encoder: bool = True, **options):
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        rule: Rule | str = straight_through,
+        metric: str = "euclidean",
+        alpha: float = 1.25,
+        beta: float = 0.8,
+        perturb: Perturbation | None = None,
+        alternate: bool = False,
+        commit_encoder: bool = True,
+        **options,
+    ):
         super().__init__(dim, num_codes, **options)
-        if not callable(rule) and rule not in ASKING: raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), 'exact' or 'hessian', got {rule!r}")
-        if metric not in ("euclidean", "cosine"): raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
-        if alpha < 0: raise ValueError(f"alpha must not be negative, got {alpha}")
-        if not 0 <= beta <= 1: raise ValueError(f"beta must lie in 0..1, got {beta}")
-        if alternate and self.average is not None: raise ValueError("alternate and decay exclude each other: moving averages are an inner step already")
-        self.rule, self.perturb, self.metric, self.alpha, self.beta = rule, perturb, metric, alpha, beta
+        if not callable(rule) and rule not in ASKING:
+            raise TypeError(
+                f"rule must be a function (z, q, g) -> (grad_z, grad_q), 'exact' or 'hessian', got {rule!r}"
+            )
+        if metric not in ("euclidean", "cosine"):
+            raise ValueError(f"metric must be 'euclidean' or 'cosine', got {metric!r}")
+        if alpha < 0:
+            raise ValueError(f"alpha must not be negative, got {alpha}")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must lie in 0..1, got {beta}")
+        if alternate and self.average is not None:
+            raise ValueError(
+                "alternate and decay exclude each other: moving averages are an inner step already"
+            )
+        self.rule, self.perturb, self.metric, self.alpha, self.beta = (
+            rule,
+            perturb,
+            metric,
+            alpha,
+            beta,
+        )
         self.alternate, self.commit_encoder = alternate, commit_encoder
 
-    def assign(self, x): return nearest(x, self.codebook, self.metric, check_finite=False)
-    def choose(self, x, codebook): return nearest(x, codebook, self.metric, check_finite=False)  # in training
-    def quantize(self, x, batch): return _quantize(self, x)
+    def assign(self, x):
+        return nearest(x, self.codebook, self.metric, check_finite=False)
+
+    def choose(self, x, codebook):
+        return nearest(x, codebook, self.metric, check_finite=False)  # in training
+
+    def quantize(self, x, batch):
+        return _quantize(self, x)
 
     def inner_loss(self, z: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         "alpha beta mse(sg z, q) (Huh et al. 2023, Eq. 17), for the inner step; changes no state."
         x, _ = self._flat(z.detach())
         with torch.autocast(z.device.type, enabled=False):
             x = self.prepare(x)
-            return self.alpha * self.beta * F.mse_loss(F.embedding(self.assign(x), self.codebook.to(x.dtype)), x)
+            return (
+                self.alpha
+                * self.beta
+                * F.mse_loss(F.embedding(self.assign(x), self.codebook.to(x.dtype)), x)
+            )
 
-    def extra_repr(self) -> str: return f"{super().extra_repr()}, metric={self.metric}, alpha={self.alpha}, beta={self.beta}"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, metric={self.metric}, alpha={self.alpha}, beta={self.beta}"
 
 # %% ../nbs/lib/02b_vector.ipynb #3c384716
-def _quantize(self: VectorQuantizer, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
-    if self.training: before_batch(self, x.detach())
+def _quantize(
+    self: VectorQuantizer, x: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, "n d"], Int64[Tensor, "n"], Float[Tensor, ""]]:
+    if self.training:
+        before_batch(self, x.detach())
     codebook = self.codebook.to(x.dtype)
-    codes = self.choose(x, codebook) if self.training else nearest(x, codebook, self.metric, check_finite=False)
+    codes = (
+        self.choose(x, codebook)
+        if self.training
+        else nearest(x, codebook, self.metric, check_finite=False)
+    )
     if self.training and self.inner_step is not None:
-        self.inner_step(self.alpha * self.beta * F.mse_loss(F.embedding(codes, codebook), x.detach()))
+        self.inner_step(
+            self.alpha * self.beta * F.mse_loss(F.embedding(codes, codebook), x.detach())
+        )
         codebook = self.codebook.to(x.dtype)  # the codes stay; where they are has changed
     q = F.embedding(codes, codebook)
-    z_q = self.perturb(x, q) if self.perturb is not None and self.training else estimate(x, q, self._rule())
-    loss = commitment(x, q, self.alpha, self.beta if self.commit_encoder or not self.alternate else 1.0, learns=self.average is None and not self.alternate)
-    if self.training: after_batch(self, x.detach(), codes)
+    z_q = (
+        self.perturb(x, q)
+        if self.perturb is not None and self.training
+        else estimate(x, q, self._rule())
+    )
+    loss = commitment(
+        x,
+        q,
+        self.alpha,
+        self.beta if self.commit_encoder or not self.alternate else 1.0,
+        learns=self.average is None and not self.alternate,
+    )
+    if self.training:
+        after_batch(self, x.detach(), codes)
     return z_q, codes, loss
 
 # %% ../nbs/lib/02b_vector.ipynb #95ad7e8f
 @torch.no_grad()
-def sample_codes(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], temperature: Float[Tensor, ""], budget: int = 64 * 2**20) -> Int64[Tensor, "n"]:
+def sample_codes(
+    z: Float[Tensor, "n d"],
+    codebook: Float[Tensor, "k d"],
+    temperature: Float[Tensor, ""],
+    budget: int = 64 * 2**20,
+) -> Int64[Tensor, "n"]:
     "Codes drawn with probability proportional to exp(-|z - c|^2 / temperature); extra memory of two tiles of `budget` bytes at most."
     square, codes = codebook.pow(2).sum(1), []
     for rows in z.split(max(1, budget // (codebook.element_size() * len(codebook)))):
@@ -157,20 +272,34 @@ def sample_codes(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], temper
         codes.append(scores.sub_(torch.empty_like(scores).exponential_().log_()).argmax(1))
     return torch.cat(codes)
 
+
 class StochasticQuantizer(VectorQuantizer):
     """VectorQuantizer whose training codes are drawn, softmax of -|z - c|^2 / temperature (Huh et al. 2023, Eq. 12).
 
     temperature: at the start; final_temperature: at the end of training, reached geometrically by `anneal`. Other options: VectorQuantizer's;
     `metric` stays "euclidean". Scores and noise are held a tile at a time (`sample_codes`). Raises ValueError for temperatures that are not positive.
     """
-    def __init__(self, dim: int, num_codes: int, temperature: float = 1.0, final_temperature: float = 0.01, **options):
-        if not (temperature > 0 and final_temperature > 0): raise ValueError(f"temperature and final_temperature must be positive, got {temperature} and {final_temperature}")
-        if options.get("metric", "euclidean") != "euclidean": raise ValueError(f"metric must be 'euclidean' here, got {options['metric']!r}")
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        temperature: float = 1.0,
+        final_temperature: float = 0.01,
+        **options,
+    ):
+        if not (temperature > 0 and final_temperature > 0):
+            raise ValueError(
+                f"temperature and final_temperature must be positive, got {temperature} and {final_temperature}"
+            )
+        if options.get("metric", "euclidean") != "euclidean":
+            raise ValueError(f"metric must be 'euclidean' here, got {options['metric']!r}")
         super().__init__(dim, num_codes, **options)
         self.limits = temperature, final_temperature
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
-    def choose(self, x, codebook): return sample_codes(x, codebook, self.temperature.to(x.dtype))
+    def choose(self, x, codebook):
+        return sample_codes(x, codebook, self.temperature.to(x.dtype))
 
     def anneal(self, progress: float) -> None:
         "The temperature at that share of the training."
@@ -180,5 +309,6 @@ class StochasticQuantizer(VectorQuantizer):
 # %% ../nbs/lib/02b_vector.ipynb #5b0dcdbf
 class SimVQ(VectorQuantizer):
     "VectorQuantizer over a linear map of a frozen table (Zhu et al. 2024, SimVQ): every step moves every code. Options: VectorQuantizer's, but no map."
+
     def __init__(self, dim: int, num_codes: int, **options):
         super().__init__(dim, num_codes, map=LinearMap(dim), **options)
