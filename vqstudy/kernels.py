@@ -25,7 +25,7 @@ def power_of_two(x: Float[Tensor, "k d"], dtype: torch.dtype) -> Float[Tensor, "
         torch.ones((), dtype=dtype, device=x.device), -exponent.clamp(-limit, limit)
     )
 
-# %% ../nbs/lib/00a_kernels.ipynb #a5bc4266
+# %% ../nbs/lib/00a_kernels.ipynb #67ec79b5
 def unit(x: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
     "Unit vectors in float64, at any length; a zero vector stays zero."
     x = x.double()
@@ -33,7 +33,7 @@ def unit(x: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
     # the largest number is 1 now, so the length is at least 1, or all numbers are 0
     return x / x.norm(dim=1, keepdim=True).clamp_min(1)
 
-# %% ../nbs/lib/00a_kernels.ipynb #5da2711f
+# %% ../nbs/lib/00a_kernels.ipynb #0f1b4592
 def keys_and_offsets(
     codes: Float[Tensor, "c d"],  # a tile of the codebook
     scale: Float[Tensor, ""],     # s of the whole codebook; the result has its dtype
@@ -52,7 +52,7 @@ def keys_and_offsets(
     keys = torch.cat([keys, keys.new_zeros(missing, keys.shape[1])])
     return keys, torch.cat([offsets, offsets.new_full((missing,), -torch.inf)])
 
-# %% ../nbs/lib/00a_kernels.ipynb #5eaa395e
+# %% ../nbs/lib/00a_kernels.ipynb #4949845d
 def tiles(n: int, k: int, tile_n: int, tile_k: int) -> Iterator[tuple[slice, slice]]:
     "Slices of rows and of codes that cover an n x k matrix: all rows of one tile of codes first."
     for code in range(0, k, tile_k):
@@ -67,7 +67,7 @@ def _strand_shape(k: int, dtype: torch.dtype) -> tuple[int, int]:
     units_per_strand = -(-units // 16)
     return -(-units // units_per_strand), units_per_strand * unit_length
 
-# %% ../nbs/lib/00a_kernels.ipynb #825ccaaf
+# %% ../nbs/lib/00a_kernels.ipynb #d3424f0e
 def _bfloat16_parts(x: Float[Tensor, "c"]) -> Float[Tensor, "c 4"]:
     "Four bfloat16 numbers that sum to x within float32 rounding; minus infinity becomes -2^127."
     rest = x.clamp_min(-(2.0**127))
@@ -137,7 +137,7 @@ def best_two(
     at_place = at_place.scatter_(1, strand, -torch.inf).amax(1)
     return best[:, 0], torch.maximum(elsewhere, at_place), (strand * length + place)[:, 0]
 
-# %% ../nbs/lib/00a_kernels.ipynb #053b10ac
+# %% ../nbs/lib/00a_kernels.ipynb #a9fae7f1
 @functools.cache
 def _tile_kernel() -> Callable:
     "The part of the kernel that multiplies a tile of vectors with a tile of keys."
@@ -256,7 +256,7 @@ def fused_scan(
     )
     return best, second, codes
 
-# %% ../nbs/lib/00a_kernels.ipynb #704d7eea
+# %% ../nbs/lib/00a_kernels.ipynb #a1155835
 def _fused(z: Tensor) -> bool:
     "Is there a GPU and Triton for it? (Found without being imported.)"
     return z.is_cuda and find_spec("triton") is not None
