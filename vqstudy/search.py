@@ -33,7 +33,7 @@ def _stage(
         return scan(z, codebook, rows, dtype, metric, skip, budget)
     return rescore(z, codebook, *pairs, metric, budget)
 
-# %% ../nbs/lib/00_search.ipynb #47a74fbd
+# %% ../nbs/lib/00_search.ipynb #6880610c
 def _search_block(
     z: Float[Tensor, "n d"],
     codebook: Float[Tensor, "k d"],
@@ -120,7 +120,7 @@ def _search_each(
         found.append(_search(vectors, codes, metric, exact, precision, skipped, budget))
     return torch.stack(found), 0
 
-# %% ../nbs/lib/00_search.ipynb #731b70a8
+# %% ../nbs/lib/00_search.ipynb #a90e927b
 @operator(
     "(Tensor z, Tensor codebook, str metric, bool exact, str precision, Tensor? skip, int budget)"
     " -> Tensor",
@@ -209,7 +209,7 @@ def distances(
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     return torch.cat(found).to(dtype)
 
-# %% ../nbs/lib/00_search.ipynb #1d6b5e75
+# %% ../nbs/lib/00_search.ipynb #f976109d
 @torch.no_grad()
 def two_nearest(
     z: Float[Tensor, "n d"],
