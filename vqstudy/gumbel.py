@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COOLED', 'reinmax', 'GumbelQuantizer']
 
-# %% ../nbs/lib/02c_gumbel.ipynb #b345c896
+# %% ../nbs/lib/02c_gumbel.ipynb #fd369590
 import math
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,7 @@ COOLED = math.exp(-1.56)  # what is left of a temperature at the end, by default
 
 # %% ../nbs/lib/02c_gumbel.ipynb #5cbb5fa8
 class GumbelQuantizer(Annealed, TableQuantizer):
-    """Draws a code from softmax(W z + b) (Jang et al. 2017; KL term as in taming-transformers).
-
-    Holds a few n x k matrices in training. Raises ValueError or TypeError."""
+    "Draws a code from softmax(W z + b) (Jang et al. 2017); holds some n x k matrices in training."
 
     def __init__(
         self,
