@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 from .base import Quantizer
+from .checks import whole
 from .codebook import Codebook
 from .estimators import estimate, full
 from .search import operator
@@ -95,7 +96,7 @@ def scan(
         lse[rows] = both
     return codes[:, 0], lse, mixture
 
-# %% ../nbs/lib/02bb_logits.ipynb #a8d5f986
+# %% ../nbs/lib/02bb_logits.ipynb #95c70743
 @torch.no_grad()
 def route(
     x: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None
@@ -122,7 +123,7 @@ def negentropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
     "sum_i p_i log p_i of each row's softmax, in nats."
     return (logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
-# %% ../nbs/lib/02bb_logits.ipynb #1e6b2414
+# %% ../nbs/lib/02bb_logits.ipynb #33943244
 class TableQuantizer(Quantizer):
     "Base of quantizers with a free table of code vectors, `book`, of width `code_dim` (None: dim)."
 
@@ -135,7 +136,8 @@ class TableQuantizer(Quantizer):
         code_dim: int | None = None,
     ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        self.book = Codebook(dim if code_dim is None else code_dim, num_codes)
+        self.code_dim = dim if code_dim is None else whole("code_dim", code_dim)
+        self.book = Codebook(self.code_dim, num_codes)
 
     @property
     def codebook(self) -> Float[Tensor, "k e"]:
@@ -143,3 +145,6 @@ class TableQuantizer(Quantizer):
 
     def lookup(self, codes: Int64[Tensor, "n"]) -> Float[Tensor, "n e"]:
         return F.embedding(codes, self.codebook)
+
+    def _unflat(self, q, shape):
+        return q.view(*shape, self.code_dim).movedim(-1, self.channel_dim)

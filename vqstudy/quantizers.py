@@ -9,7 +9,9 @@ __all__ = ['keywords', 'recipe', 'recipes']
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from .base import NoQuantizer, Quantized, Quantizer
-from .categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer
+from .gumbel import GumbelQuantizer
+from .router import RouterQuantizer
+from .sqvae import SQQuantizer
 from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from .estimators import directional_noise, noise_substitution, reflection, rotation
