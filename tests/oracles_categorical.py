@@ -3,7 +3,9 @@
 from functools import partial
 import math
 import torch
-from vqstudy.categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer
+from vqstudy.gumbel import GumbelQuantizer
+from vqstudy.router import RouterQuantizer
+from vqstudy.sqvae import SQQuantizer
 
 
 def onehot(codes, k):

@@ -5,7 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles_categorical import ORACLES, router
-from vqstudy.categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer, attend, route, sharp
+from vqstudy.gumbel import GumbelQuantizer
+from vqstudy.logits import route, sharp
+from vqstudy.router import RouterQuantizer, attend
+from vqstudy.sqvae import SQQuantizer
 
 
 @pytest.mark.parametrize(

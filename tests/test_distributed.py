@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
-from vqstudy.categorical import RouterQuantizer
+from vqstudy.router import RouterQuantizer
 from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from vqstudy.lattice import BSQ, FSQ, LFQ

@@ -11,7 +11,7 @@ from vqstudy.quantizers import recipe, recipes
 
 FRAME = """
 import torch
-from vqstudy.categorical import RouterQuantizer
+from vqstudy.router import RouterQuantizer
 from vqstudy.lattice import LFQ
 from vqstudy.quantizers import recipe
 from vqstudy.search import nearest

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from .categorical import RouterQuantizer
+from .router import RouterQuantizer
 from .models import Autoencoder, reconstruction_loss
 from .quantizers import recipe, recipes
 from .search import nearest

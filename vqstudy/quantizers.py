@@ -8,126 +8,105 @@ __all__ = ['keywords', 'recipe', 'recipes']
 # %% ../nbs/lib/03_quantizers.ipynb #bc2d2bc4
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from .base import NoQuantizer, Quantized, Quantizer
-from .categorical import GumbelQuantizer, RouterQuantizer, SQQuantizer
 from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from .estimators import directional_noise, noise_substitution, reflection, rotation
 from .estimators import synchronized
+from .gumbel import GumbelQuantizer
 from .lattice import BSQ, FSQ, LFQ
+from .router import RouterQuantizer
+from .sqvae import SQQuantizer
 from .transport import OptVQ
 from .vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
 # %% ../nbs/lib/03_quantizers.ipynb #eb1c54eb
 @dataclass(frozen=True)
 class _Option:
-    doc: str  # what it adds, in a few words
-    build: Callable[..., dict]  # (dim, **its keywords) -> keywords of the quantizer
+    doc: str  # what it does, in a few words
+    build: Callable[..., dict]  # (dim, **its keywords) -> arguments of the quantizer
     keywords: dict = field(default_factory=dict)  # its keywords and their defaults
 
 
+def _as_given(dim: int, **keywords) -> dict:
+    "Keywords that the quantizer itself takes under these names."
+    return keywords
+
+
+def _affine(dim: int, affine_lr: float, affine_groups: int, max_norm: float | None) -> dict:
+    return {"map": Affine(dim, affine_lr, affine_groups, max_norm)}
+
+
+def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
+    return {"rule": synchronized(nu), "alternate": True, "commit_encoder": commit_encoder}
+
+# %% ../nbs/lib/03_quantizers.ipynb #5599a0ce
 _OPTIONS = {
+    # the codebook and its upkeep
     "l2": _Option("z and the code vectors are normalised", lambda dim: {"l2": True}),
-    "ema": _Option(
-        "moving averages move the codebook", lambda dim, **k: k, {"decay": 0.99, "smoothing": 1e-5}
-    ),
-    "replace": _Option(
-        "idle codes become vectors of the batch", lambda dim, **k: k, {"life_span": 20}
-    ),
-    "refit": _Option("k-means anew every so many steps", lambda dim, **k: k, {"refit": 500}),
-    "affine": _Option(
-        "a learned affine map shared by the codes",
-        lambda dim, affine_lr, affine_groups, max_norm: {
-            "map": Affine(dim, affine_lr, affine_groups, max_norm)
-        },
-        {"affine_lr": 1.0, "affine_groups": 1, "max_norm": None},
-    ),
-    "moving-affine": _Option(
-        "an affine map that follows z's moments",
-        lambda dim, **k: {"map": MovingAffine(dim, **k)},
-        {"momentum": 0.1, "of": "codebook"},
-    ),
-    "rotation": _Option(
-        "the gradient is rotated and scaled",
-        lambda dim, **k: {"rule": rotation(**k)},
-        {"scale": "norm", "project": False},
-    ),
-    "reflection": _Option(
-        "the gradient is reflected and scaled",
-        lambda dim, **k: {"rule": reflection(**k)},
-        {"scale": "norm"},
-    ),
-    "sync": _Option(
-        "the codes get a part of the task's gradient",
-        lambda dim, **k: {"rule": synchronized(**k)},
-        {"nu": 0.2},
-    ),
-    "exact": _Option(
-        "the encoder gets the gradient at z, by a second decoder pass",
-        lambda dim: {"rule": "exact"},
-    ),
-    "hessian": _Option(
-        "the encoder gets the gradient to second order", lambda dim: {"rule": "hessian"}
-    ),
-    "nsvq": _Option(
-        "in training, noise of the error's length stands in for it",
-        lambda dim: {"perturb": noise_substitution, "alpha": 0.0},
-    ),
+    "ema": _Option("the codebook follows moving averages", _as_given, {"decay": 0.99, "smoothing": 1e-5}),
+    "replace": _Option("unused codes become vectors of the batch", _as_given, {"life_span": 20}),
+    "refit": _Option("k-means again every few hundred steps", _as_given, {"refit": 500}),
+    "affine": _Option("one learned affine map of all codes", _affine,
+                      {"affine_lr": 1.0, "affine_groups": 1, "max_norm": None}),
+    "moving-affine": _Option("an affine map that follows the moments of z",
+                             lambda dim, **k: {"map": MovingAffine(dim, **k)}, {"momentum": 0.1, "of": "codebook"}),
+    # the gradient
+    "rotation": _Option("the gradient is rotated and scaled",
+                        lambda dim, **k: {"rule": rotation(**k)}, {"scale": "norm", "project": False}),
+    "reflection": _Option("the gradient is reflected and scaled",
+                          lambda dim, **k: {"rule": reflection(**k)}, {"scale": "norm"}),
+    "sync": _Option("the chosen codes get a share of the task's gradient",
+                    lambda dim, **k: {"rule": synchronized(**k)}, {"nu": 0.2}),
+    "exact": _Option("the task's gradient at z, by a second decoder pass", lambda dim: {"rule": "exact"}),
+    "hessian": _Option("the task's gradient at z to second order", lambda dim: {"rule": "hessian"}),
+    "nsvq": _Option("training replaces the error by noise of its length",
+                    lambda dim: {"perturb": noise_substitution, "alpha": 0.0}),
+    "diveq": _Option("training adds a little noise to the error's direction",
+                     lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0}, {"variance": 1e-3}),
+    "alt": _Option("codebook and network learn in turn",
+                   lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
+    "opt": _Option("sync and alt together", _opt, {"nu": 0.2, "commit_encoder": True}),
+    # of one quantizer alone
+    "tied": _Option("the router's matrix is the codebook", lambda dim: {"tied": True}),
+    "switch": _Option("gradient through the chosen probability alone", lambda dim: {"gate": "switch"}),
+    "reinmax": _Option("the second-order estimator", lambda dim: {"estimator": "reinmax"}),
+    # several of what the rest of the recipe names
+    "group": _Option("the width in equal groups, a codebook for each", _as_given, {"groups": 2, "shared": False}),
+    "residual": _Option("several levels, each of what the levels before it left", _as_given,
+                        {"levels": 4, "shared": False, "dropout": False}),
+    "multiscale": _Option("two levels, one of half the height and width", _as_given),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #2bab1057
-_OPTIONS |= {
-    "diveq": _Option(
-        "in training, the error's direction gets a little noise",
-        lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0},
-        {"variance": 1e-3},
-    ),
-    "alt": _Option(
-        "codebook and network learn in turn",
-        lambda dim, **k: {"alternate": True, **k},
-        {"commit_encoder": True},
-    ),
-    "opt": _Option(
-        "sync and alt together",
-        lambda dim, nu, commit_encoder: {
-            "rule": synchronized(nu),
-            "alternate": True,
-            "commit_encoder": commit_encoder,
-        },
-        {"nu": 0.2, "commit_encoder": True},
-    ),
-    "tied": _Option("the router's matrix is the codebook", lambda dim: {"tied": True}),
-    "switch": _Option(
-        "gradient through the chosen probability alone", lambda dim: {"gate": "switch"}
-    ),
-    "reinmax": _Option("the second-order estimator", lambda dim: {"estimator": "reinmax"}),
-    "group": _Option(
-        "the width in equal groups, a codebook each",
-        lambda dim, **k: k,
-        {"groups": 2, "shared": False},
-    ),
-    "residual": _Option(
-        "levels, each of what the former left",
-        lambda dim, **k: k,
-        {"levels": 4, "shared": False, "dropout": False},
-    ),
-    "multiscale": _Option("two levels, one of half the height and width", lambda dim: {}),
-}
 _AROUND = {
     "group": GroupQuantizer,
     "residual": ResidualQuantizer,
     "multiscale": MultiScaleQuantizer,
-}  # made of several of what the rest of the recipe names
-_EXCLUSIVE = [  # of each of these sets a recipe has at most one: rules of the same gradient, owners of the same codebook
-    {"rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt"},
-    {"ema", "affine", "moving-affine"},
+}
+_EXCLUSIVE = [  # a recipe has at most one of each set
+    {"rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt"},  # rules of one gradient
+    {"ema", "affine", "moving-affine"},  # owners of one codebook
+    {"ema", "sync"},
+    {"ema", "alt"},
+    {"ema", "opt"},
+    {"ema", "nsvq"},
+    {"ema", "diveq"},
     {"alt", "opt"},
-    *({a, b} for a in ("ema",) for b in ("sync", "alt", "opt", "nsvq", "diveq")),
-    {"nsvq", "alt"},
-    {"diveq", "alt"},
-    set(_AROUND),
-    *({a, b} for a in _AROUND for b in ("alt", "opt")),
-    *({a, b} for a in ("group", "multiscale") for b in ("exact", "hessian")),
+    {"alt", "nsvq"},
+    {"alt", "diveq"},
+    {"group", "residual", "multiscale"},
+    {"group", "alt"},
+    {"group", "opt"},
+    {"residual", "alt"},
+    {"residual", "opt"},
+    {"multiscale", "alt"},
+    {"multiscale", "opt"},
+    {"group", "exact"},
+    {"group", "hessian"},
+    {"multiscale", "exact"},
+    {"multiscale", "hessian"},
 ]
 
 # %% ../nbs/lib/03_quantizers.ipynb #40c54293
@@ -136,202 +115,138 @@ class _Base:
     doc: str
     make: Callable[..., Quantizer]
     keywords: tuple[str, ...] = ()
-    options: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
 
 
-_RULES, _OWN = (
-    _EXCLUSIVE[0] | set(_AROUND),
-    {"l2", "ema", "replace", "refit", "affine", "moving-affine", "alt"},
-)
-_TEMPERATURES, _ENTROPY = (
-    ("temperature", "final_temperature"),
-    ("entropy", "temperature", "diversity", "commitment", "group"),
-)
+_COMMON = ("channel_dim", "check_finite")  # keywords of every quantizer
+_RULES = ("rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt")
+_BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
+_PARTS = ("group", "residual", "multiscale")
+_TEMPERATURES = ("temperature", "final_temperature")
+_SIGNS = ("entropy", "temperature", "diversity", "commitment", "group")
+_ROUTER = ("bias", "init_scale", "entropy", "entropy_temperature")
 _BASES = {
-    "none": _Base("no quantizer: z goes through", NoQuantizer),
-    "vq": _Base(
-        "nearest code, straight-through, commitment loss (VQ-VAE)",
-        VectorQuantizer,
-        ("metric", "init", "alpha", "beta"),
-        frozenset(_RULES | _OWN),
-    ),
-    "stochastic": _Base(
-        "codes drawn by distance, annealed",
-        StochasticQuantizer,
-        ("init", "alpha", "beta", *_TEMPERATURES),
-        frozenset(_RULES | _OWN),
-    ),
-    "simvq": _Base(
-        "a linear map of a frozen table (SimVQ)",
-        SimVQ,
-        ("metric", "alpha", "beta"),
-        frozenset(_RULES | {"l2", "alt"}),
-    ),
-    "optvq": _Base(
-        "codes from a transport plan in training (OptVQ)",
-        OptVQ,
-        ("init", "alpha", "beta", "epsilon", "iterations"),
-        frozenset(_RULES | _OWN),
-    ),
-    "gumbel": _Base(
-        "Gumbel-softmax sample of predicted logits",
-        GumbelQuantizer,
-        ("kl", "hard", *_TEMPERATURES),
-        frozenset({"reinmax", *_AROUND}),
-    ),
-    "sq": _Base(
-        "self-annealed stochastic quantization (SQ-VAE)",
-        SQQuantizer,
-        ("variant", "weight", *_TEMPERATURES),
-    ),
-    "router": _Base(
-        "top-1 router, dense softmax gradient",
-        RouterQuantizer,
-        ("bias", "init_scale", "entropy", "entropy_temperature"),
-        frozenset({"tied", "switch", *_AROUND}),
-    ),
-    "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), frozenset({"rotation"})),
-    "lfq": _Base(
-        "signs of the coordinates, entropy loss (LFQ)", LFQ, _ENTROPY, frozenset({"rotation"})
-    ),
-    "bsq": _Base(
-        "signs on the unit sphere, entropy loss (BSQ)", BSQ, _ENTROPY, frozenset({"rotation"})
-    ),
+    "none": _Base("no quantizer: z passes unchanged", NoQuantizer),
+    "vq": _Base("nearest code, straight-through, commitment loss (VQ-VAE)", VectorQuantizer,
+                ("metric", "init", "alpha", "beta"), _BOOK + _RULES + _PARTS),
+    "stochastic": _Base("codes drawn by distance, annealed", StochasticQuantizer,
+                        ("init", "alpha", "beta", *_TEMPERATURES), _BOOK + _RULES + _PARTS),
+    "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
+                   ("metric", "alpha", "beta"), ("l2", "alt") + _RULES + _PARTS),
+    "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
+                   ("init", "alpha", "beta", "epsilon", "iterations"), _BOOK + _RULES + _PARTS),
+    "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
+                    ("kl", "hard", *_TEMPERATURES), ("reinmax", *_PARTS)),
+    "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer,
+                ("variant", "weight", *_TEMPERATURES)),
+    "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
+                    _ROUTER, ("tied", "switch", *_PARTS)),
+    "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation",)),
+    "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation",)),
+    "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, _SIGNS, ("rotation",)),
 }
-_COMMON = ("channel_dim", "check_finite")
 
 # %% ../nbs/lib/03_quantizers.ipynb #04d2a425
 def _parse(spec: str) -> tuple[str, list[str]]:
-    "The base and the options of a recipe, checked."
+    "The base and the options of a recipe; raises TypeError or ValueError for what is not one."
     if not isinstance(spec, str):
         raise TypeError(f"a recipe is a text such as 'vq + ema', got {spec!r}")
     base, *options = (part.strip() for part in spec.split("+"))
     if base not in _BASES:
-        raise ValueError(
-            f"unknown quantizer {base!r} in recipe {spec!r}; known: {', '.join(_BASES)}; options of vq: {', '.join(o for o in _OPTIONS if o in _BASES['vq'].options)}"
-        )
+        of_vq = ", ".join(option for option in _OPTIONS if option in _BASES["vq"].options)
+        known = f"known: {', '.join(_BASES)}; options of vq: {of_vq}"
+        raise ValueError(f"unknown quantizer {base!r} in recipe {spec!r}; {known}")
     allowed = [option for option in _OPTIONS if option in _BASES[base].options]
     known = f"known options of {base}: {', '.join(allowed) or 'none; it takes no options'}"
-    for i, option in enumerate(options):
+    for option in options:
         if option not in allowed:
             raise ValueError(f"unknown option {option!r} in recipe {spec!r}; {known}")
-        if option in options[:i]:
+        if options.count(option) > 1:
             raise ValueError(f"option {option!r} stands twice in recipe {spec!r}")
     for exclusive in _EXCLUSIVE:
         clash = sorted(exclusive & set(options))
         if len(clash) > 1:
-            raise ValueError(
-                f"options {clash[0]!r} and {clash[1]!r} contradict each other in recipe {spec!r}; {known}"
-            )
+            words = f"options {clash[0]!r} and {clash[1]!r} contradict each other"
+            raise ValueError(f"{words} in recipe {spec!r}; {known}")
     return base, options
 
-
+# %% ../nbs/lib/03_quantizers.ipynb #200d3720
 def keywords(spec: str) -> tuple[str, ...]:
     "The keywords that `recipe` takes for this recipe. Raises as `recipe` does."
     base, options = _parse(spec)
-    return (
-        *_COMMON,
-        *_BASES[base].keywords,
-        *(name for option in options for name in _OPTIONS[option].keywords),
-    )
+    names = [*_COMMON, *_BASES[base].keywords]
+    for option in options:
+        names += _OPTIONS[option].keywords
+    return tuple(names)
+
+# %% ../nbs/lib/03_quantizers.ipynb #117f9fb1
+def _taken(names: tuple[str, ...] | dict, given: dict) -> dict:
+    "What was given under these names."
+    return {name: given[name] for name in names if name in given}
+
+
+def _built(option: str, dim: int, given: dict) -> dict:
+    "The arguments of the quantizer that an option stands for."
+    defaults = _OPTIONS[option].keywords
+    return _OPTIONS[option].build(dim, **defaults | _taken(defaults, given))
+
+
+def _one(
+    base: str, options: list[str], given: dict, dim: int, num_codes: int, **common
+) -> Quantizer:
+    "The quantizer of a recipe without group, residual and multiscale."
+    arguments = {}
+    for option in options:
+        arguments |= _built(option, dim, given)
+    # last, so that alpha can be given where nsvq sets it to 0
+    arguments |= _taken(_BASES[base].keywords, given)
+    return _BASES[base].make(dim, num_codes, **arguments, **common)
 
 # %% ../nbs/lib/03_quantizers.ipynb #625d504f
 def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
-    """The quantizer that a recipe names, such as "vq + l2 + replace"; `recipes()` lists them, `keywords(spec)` what each can be tuned by.
+    """The quantizer that a recipe names, such as "vq + l2 + replace".
 
-    With group, residual or multiscale, num_codes and every other option are those of each part. The options exact and hessian need the
-    decoder: `fit` attaches it, and a training step without it is a clear error. Raises ValueError for unknown or contradictory options, and
-    for a keyword that belongs to none of the recipe's parts.
+    `recipes()` lists them, `keywords(spec)` what each can be tuned by.
+    With group, residual or multiscale, num_codes and every other option are those of each part.
+    exact and hessian need the decoder: `fit` attaches it; a training step without it is an error.
+    Raises ValueError for unknown or contradictory options and for a keyword of none of the parts.
     """
     base, options = _parse(spec)
+    known = keywords(spec)
     for name in given:
-        if name in keywords(spec):
-            continue
         owners = [option for option in _OPTIONS if name in _OPTIONS[option].keywords]
-        raise ValueError(
-            f"{name} "
-            + (
-                f"belongs to option {owners[0]!r}, which recipe {spec!r} has not"
-                if owners
-                else f"is no keyword of recipe {spec!r}; known: {', '.join(keywords(spec))}"
-            )
-        )
-
-    def chosen(names):
-        return {name: given[name] for name in names if name in given}
-
-    def parts(option, width):
-        return _OPTIONS[option].build(
-            width, **_OPTIONS[option].keywords | chosen(_OPTIONS[option].keywords)
-        )
-
-    def make(width, num_codes, **common):  # the widths of maps and the like are those of a part
-        built = {
-            name: value
-            for option in options
-            if option not in _AROUND
-            for name, value in parts(option, width).items()
-        }
-        return _BASES[base].make(
-            width, num_codes, **built | chosen(_BASES[base].keywords), **common
-        )
-
+        if name not in known and owners:
+            raise ValueError(f"{name} belongs to option {owners[0]!r}, not in recipe {spec!r}")
+        if name not in known:
+            raise ValueError(f"{name} is no keyword of recipe {spec!r}; known: {', '.join(known)}")
+    common = _taken(_COMMON, given)
+    inside = [option for option in options if option not in _AROUND]
     around = [option for option in options if option in _AROUND]
     if not around:
-        return make(dim, num_codes, **chosen(_COMMON))
-    return _AROUND[around[0]](dim, num_codes, make=make, **parts(around[0], dim), **chosen(_COMMON))
+        return _one(base, inside, given, dim, num_codes, **common)
+    make = partial(_one, base, inside, given)
+    kind, arguments = _AROUND[around[0]], _built(around[0], dim, given)
+    return kind(dim, num_codes, make=make, **arguments, **common)
 
 # %% ../nbs/lib/03_quantizers.ipynb #bed01eb1
 _NAMED = (
-    "none",
-    "vq",
-    "vq + l2",
-    "vq + replace",
-    "vq + l2 + replace",
-    "vq + ema",
-    "vq + ema + replace",
-    "vq + rotation",
-    "vq + rotation + ema",
-    "vq + rotation + ema + replace",
-    "vq + sync",
-    "vq + reflection",
-    "vq + affine",
-    "vq + moving-affine",
-    "vq + alt",
-    "vq + opt",
-    "vq + affine + opt",
-    "vq + affine + opt + replace",
-    "vq + affine + opt + replace + l2",
-    "vq + refit",
-    "vq + exact",
-    "vq + hessian",
-    "vq + nsvq",
-    "vq + diveq",
-    "stochastic",
-    "simvq",
-    "optvq",
-    "gumbel",
-    "gumbel + reinmax",
-    "sq",
-    "router",
-    "router + tied",
-    "router + switch",
-    "fsq",
-    "lfq",
-    "bsq",
-    "vq + group",
-    "vq + residual",
-    "vq + ema + residual",
-    "vq + multiscale",
+    "none", "vq", "vq + l2", "vq + replace", "vq + l2 + replace", "vq + ema", "vq + ema + replace",
+    "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync", "vq + reflection",
+    "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt",
+    "vq + affine + opt + replace", "vq + affine + opt + replace + l2",
+    "vq + refit", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
+    "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq",
+    "router", "router + tied", "router + switch", "fsq", "lfq", "bsq",
+    "vq + group", "vq + residual", "vq + ema + residual", "vq + multiscale",
 )
 
 
 def recipes() -> dict[str, str]:
-    "The recipes that the study names, with one line each. Options combine freely, so there are more than these."
-    parsed = {spec: _parse(spec) for spec in _NAMED}
-    return {
-        spec: "; ".join(
-            [base if options else _BASES[base].doc, *(_OPTIONS[option].doc for option in options)]
-        )
-        for spec, (base, options) in parsed.items()
-    }
+    "The recipes that the study names, with one line each; options combine, so there are more."
+    lines = {}
+    for spec in _NAMED:
+        base, options = _parse(spec)
+        words = [base if options else _BASES[base].doc]
+        words += [_OPTIONS[option].doc for option in options]
+        lines[spec] = "; ".join(words)
+    return lines
