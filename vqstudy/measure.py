@@ -48,7 +48,7 @@ def _entropy(counts: Shaped[Tensor, "k"]) -> Float[Tensor, ""]:
     p = counts / counts.sum()
     return -torch.xlogy(p, p).sum()
 
-# %% ../nbs/lib/04_measure.ipynb #413da519
+# %% ../nbs/lib/04_measure.ipynb #6314b348
 def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, in 1/k..1. Raises ValueError for what are no counts."
     return float((_checked_counts(counts) > 0).double().mean())
@@ -115,7 +115,7 @@ def _mean_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Te
 def _energy(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     return 2 * _mean_distance(p, c) - _mean_distance(p, p) - _mean_distance(c, c)
 
-# %% ../nbs/lib/04_measure.ipynb #2059b466
+# %% ../nbs/lib/04_measure.ipynb #a1a57487
 def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     d = p.shape[1]
     # Chosen codes may lie in a plane: a ridge, in proportion to the larger variance, keeps both
@@ -128,7 +128,7 @@ def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tens
     half = torch.linalg.solve_triangular(lc, torch.cat([lp, shift], 1), upper=False)  # (d, d + 1)
     return half.pow(2).sum() / 2 - d / 2 + lc.diagonal().log().sum() - lp.diagonal().log().sum()
 
-# %% ../nbs/lib/04_measure.ipynb #a5207b9f
+# %% ../nbs/lib/04_measure.ipynb #9b78b575
 def _sliced_wasserstein(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     generator = torch.Generator().manual_seed(0)  # always the same directions
     directions = torch.randn(p.shape[1], 128, generator=generator, dtype=torch.float64).to(p)
@@ -230,7 +230,7 @@ def _leading_to(
     reached = torch.autograd.grad(sums, leaves, retain_graph=True, allow_unused=True)
     return {name: p for (name, p), g in zip(parameters.items(), reached) if g is not None}
 
-# %% ../nbs/lib/04_measure.ipynb #a7fcedc6
+# %% ../nbs/lib/04_measure.ipynb #e7e6a71e
 def _gradients(
     model: nn.Module, loss_fn: Callable, batch: Any, bypass: bool
 ) -> dict[str, Tensor | None]:
@@ -298,7 +298,7 @@ def early(first: int = 16, every: int = 50) -> Callable[[int], bool]:
     "Whether a step is one of the `first`, or a multiple of `every`."
     return lambda step: step < first or step % every == 0
 
-# %% ../nbs/lib/04_measure.ipynb #3897aeba
+# %% ../nbs/lib/04_measure.ipynb #1940908b
 class Passed(NamedTuple):
     "All vectors of the probe that went through one quantizer, in float32 or wider."
 
@@ -320,7 +320,7 @@ def _gather(quantizer: Quantizer, calls: list[tuple[Tensor, Quantized]]) -> Pass
     compared = quantizer.prepare(z)
     return Passed(compared if compared.shape == q.shape else z, q, torch.cat(codes))
 
-# %% ../nbs/lib/04_measure.ipynb #bc2f6641
+# %% ../nbs/lib/04_measure.ipynb #61b3ca7f
 def _passes(
     model: nn.Module, loss_fn: Callable, x: Tensor, y: Tensor | None
 ) -> dict[str, Passed]:
