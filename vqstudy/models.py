@@ -199,7 +199,7 @@ def classification_loss(
         "train_accuracy": right,
     }
 
-# %% ../nbs/lib/07_models.ipynb #5875810b
+# %% ../nbs/lib/07_models.ipynb #f5d60f2f
 def quantized_task(
     model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
 ) -> Float[Tensor, ""]:
