@@ -33,7 +33,8 @@ def code_counts(codes: Int64[Tensor, "..."], num_codes: int) -> Int64[Tensor, "k
 # %% ../nbs/lib/04_measure.ipynb #73cf2ecc
 def _checked_counts(counts: Shaped[Tensor, "k"]) -> Float[Tensor, "k"]:
     "The counts in float64; raises TypeError or ValueError for what are no counts."
-    typed("counts", counts, Tensor, "a torch.Tensor")
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts must be a torch.Tensor, got {type(counts).__name__}")
     if counts.ndim != 1 or len(counts) == 0:
         raise ValueError(f"counts must be of shape (num_codes,), got {tuple(counts.shape)}")
     counts = counts.double()
@@ -48,7 +49,7 @@ def _entropy(counts: Shaped[Tensor, "k"]) -> Float[Tensor, ""]:
     p = counts / counts.sum()
     return -torch.xlogy(p, p).sum()
 
-# %% ../nbs/lib/04_measure.ipynb #6314b348
+# %% ../nbs/lib/04_measure.ipynb #23899ec8
 def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, in 1/k..1. Raises ValueError for what are no counts."
     return float((_checked_counts(counts) > 0).double().mean())
@@ -115,7 +116,7 @@ def _mean_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Te
 def _energy(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     return 2 * _mean_distance(p, c) - _mean_distance(p, p) - _mean_distance(c, c)
 
-# %% ../nbs/lib/04_measure.ipynb #a1a57487
+# %% ../nbs/lib/04_measure.ipynb #902c0261
 def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     d = p.shape[1]
     # Chosen codes may lie in a plane: a ridge, in proportion to the larger variance, keeps both
@@ -128,7 +129,7 @@ def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tens
     half = torch.linalg.solve_triangular(lc, torch.cat([lp, shift], 1), upper=False)  # (d, d + 1)
     return half.pow(2).sum() / 2 - d / 2 + lc.diagonal().log().sum() - lp.diagonal().log().sum()
 
-# %% ../nbs/lib/04_measure.ipynb #9b78b575
+# %% ../nbs/lib/04_measure.ipynb #e84ae497
 def _sliced_wasserstein(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     generator = torch.Generator().manual_seed(0)  # always the same directions
     directions = torch.randn(p.shape[1], 128, generator=generator, dtype=torch.float64).to(p)
@@ -230,7 +231,7 @@ def _leading_to(
     reached = torch.autograd.grad(sums, leaves, retain_graph=True, allow_unused=True)
     return {name: p for (name, p), g in zip(parameters.items(), reached) if g is not None}
 
-# %% ../nbs/lib/04_measure.ipynb #e7e6a71e
+# %% ../nbs/lib/04_measure.ipynb #9d7a9045
 def _gradients(
     model: nn.Module, loss_fn: Callable, batch: Any, bypass: bool
 ) -> dict[str, Tensor | None]:
@@ -298,7 +299,7 @@ def early(first: int = 16, every: int = 50) -> Callable[[int], bool]:
     "Whether a step is one of the `first`, or a multiple of `every`."
     return lambda step: step < first or step % every == 0
 
-# %% ../nbs/lib/04_measure.ipynb #1940908b
+# %% ../nbs/lib/04_measure.ipynb #7203f5c5
 class Passed(NamedTuple):
     "All vectors of the probe that went through one quantizer, in float32 or wider."
 
@@ -320,7 +321,7 @@ def _gather(quantizer: Quantizer, calls: list[tuple[Tensor, Quantized]]) -> Pass
     compared = quantizer.prepare(z)
     return Passed(compared if compared.shape == q.shape else z, q, torch.cat(codes))
 
-# %% ../nbs/lib/04_measure.ipynb #61b3ca7f
+# %% ../nbs/lib/04_measure.ipynb #92bd200d
 def _passes(
     model: nn.Module, loss_fn: Callable, x: Tensor, y: Tensor | None
 ) -> dict[str, Passed]:

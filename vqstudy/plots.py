@@ -63,7 +63,7 @@ COLOURS = {
 }
 SETS = {"P": "#949494", "C": "#0173B2", "Q": "#D55E00"}
 
-# %% ../nbs/lib/12_plots.ipynb #6d301b7b
+# %% ../nbs/lib/12_plots.ipynb #0e97b373
 MARKERS = {  # by whether a recipe replaces dead codes, and whether it normalises
     (False, False): "o",
     (True, False): "s",
