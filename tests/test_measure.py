@@ -22,9 +22,8 @@ def test_perplexity_lies_between_one_and_the_used_codes(counts):
 
 def test_known_perplexities():
     assert perplexity(torch.tensor([3, 3, 3, 3])) == pytest.approx(4)
-    assert perplexity(torch.tensor([1, 3])) == pytest.approx(
-        math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
-    )
+    entropy = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    assert perplexity(torch.tensor([1, 3])) == pytest.approx(math.exp(entropy))
     assert usage(torch.tensor([1, 0, 5, 0])) == 0.5
 
 
@@ -41,17 +40,12 @@ def test_meter_against_the_whole_set():
         meter.update(z[i], q[i], codes[i])
     got = meter.compute()
     assert got["quantization_error"] == pytest.approx(float((z - q).double().pow(2).mean()))
-    assert got["relative_error"] == pytest.approx(
-        float(
-            (z - q).double().pow(2).sum() / (1000 * torch.cov(z.double().T, correction=0).trace())
-        ),
-        rel=1e-6,
-    )
-    assert (
-        got["perplexity"] == perplexity(code_counts(codes, 7))
-        and got["usage"] == 1
-        and meter.counts.shape == (1, 7)
-    )
+    spread = 1000 * torch.cov(z.double().T, correction=0).trace()
+    relative = float((z - q).double().pow(2).sum() / spread)
+    assert got["relative_error"] == pytest.approx(relative, rel=1e-6)
+    assert got["perplexity"] == perplexity(code_counts(codes, 7))
+    assert got["usage"] == 1
+    assert meter.counts.shape == (1, 7)
 
 
 def by_position(codes, k):
@@ -61,6 +55,7 @@ def by_position(codes, k):
 
 
 def means(codes, k):
+    "Arithmetic of the usages, geometric of the perplexities."
     usages, perplexities = by_position(codes, k)
     return sum(usages) / len(usages), math.prod(perplexities) ** (1 / len(perplexities))
 
@@ -72,31 +67,24 @@ def test_each_position_is_counted_by_itself(code_shape):
     limits = torch.arange(2, 2 + positions)  # position i uses 2 + i of the 9 codes
     codes = (torch.rand(500, 4, positions) * limits).long()
     meter = Meter(9, code_shape)
-    for part in codes.split(70):
-        meter.update(
-            torch.randn(len(part), 6), torch.randn(len(part), 6), part.view(-1, 4, *code_shape)
-        )
-    got, (used, perplexed) = meter.compute(), means(codes, 9)
-    assert meter.counts.shape == (positions, 9) and torch.equal(
-        meter.counts.sum(1), torch.full((positions,), 2000)
-    )
-    assert (
-        got["usage"] == pytest.approx(used)
-        and used == pytest.approx(float(limits.double().mean() / 9))
-        and got["perplexity"] == pytest.approx(perplexed)
-    )
-    pooled = Meter(9)
-    pooled.update(torch.randn(500, 6), torch.randn(500, 6), codes)
-    if positions > 1:
-        assert (
-            pooled.compute()["usage"] > got["usage"]
-            and pooled.compute()["perplexity"] > got["perplexity"]
-        )
+    z, q = torch.randn(500, 6), torch.randn(500, 6)
+    for i in torch.arange(500).split(70):
+        meter.update(z[i], q[i], codes[i].view(-1, 4, *code_shape))
+    got = meter.compute()
+    used, perplexed = means(codes, 9)
+    assert meter.counts.shape == (positions, 9)
+    assert meter.counts.sum(1).tolist() == [2000] * positions
+    assert got["usage"] == pytest.approx(used)
+    assert used == pytest.approx(float(limits.double().mean() / 9))
+    assert got["perplexity"] == pytest.approx(perplexed)
+    if positions > 1:  # pooled over the positions both look better than they are
+        pooled = code_counts(codes, 9)
+        assert usage(pooled) > got["usage"]
+        assert perplexity(pooled) > got["perplexity"]
 
 
-START = partial(
-    VectorQuantizer, init="sample"
-)  # codes where the data are, or an untrained encoder uses one of them
+# Codes where the data are, or an untrained encoder uses one of them.
+START = partial(VectorQuantizer, init="sample")
 
 
 @pytest.mark.parametrize(
@@ -112,20 +100,19 @@ START = partial(
 )
 def test_scores_of_composed_quantizers_are_means_over_positions(make, positions):
     torch.manual_seed(0)
-    model, x = (
-        Autoencoder(make(8, 16, channel_dim=1), channels=8),
-        torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8),
-    )
+    model = Autoencoder(make(8, 16, channel_dim=1), channels=8)
+    x = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     model.eval().quantizer.train()
     model(x.float() / 255)
     with torch.no_grad():
         codes = model.eval()(x.float() / 255).quantized.codes
     codes = codes.reshape(-1, positions)
-    got, (used, perplexed) = reconstruction_scores(model, x, batch_size=4), means(codes, 16)
-    assert got["usage"] == pytest.approx(used) and got["perplexity"] == pytest.approx(perplexed)
-    assert max(by_position(codes, 16)[1]) > min(
-        by_position(codes, 16)[1]
-    )  # or a mean would be no better than any position
+    got = reconstruction_scores(model, x, batch_size=4)
+    used, perplexed = means(codes, 16)
+    assert got["usage"] == pytest.approx(used)
+    assert got["perplexity"] == pytest.approx(perplexed)
+    _, perplexities = by_position(codes, 16)
+    assert max(perplexities) > min(perplexities)  # or a mean would be no better than any position
 
 
 @pytest.mark.parametrize(
@@ -153,11 +140,7 @@ def test_bad_counts_are_named(counts, error, words):
         ((), torch.tensor([0, 3, 1]), r"codes must lie in 0\.\.2, got 0\.\.3"),
         ((), torch.tensor([0, -1, 1]), r"codes must lie in 0\.\.2, got -1\.\.1"),
         ((2,), torch.zeros(3, 2, dtype=torch.int64) + 3, r"codes must lie in 0\.\.2"),
-        (
-            (2,),
-            torch.zeros(4, 3, dtype=torch.int64),
-            r"codes must end in \(2,\), got shape \(4, 3\)",
-        ),
+        ((2,), torch.zeros(4, 3, dtype=torch.int64), r"end in \(2,\), got shape \(4, 3\)"),
         ((2, 2), torch.zeros(4, 2, dtype=torch.int64), r"codes must end in \(2, 2\)"),
         ((2, 2), torch.zeros(4, dtype=torch.int64), r"codes must end in \(2, 2\)"),
     ],

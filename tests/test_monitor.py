@@ -1,5 +1,9 @@
-"""The monitor: a run with it is the run without it, bit for bit; its rows survive a checkpoint; its numbers are those of the instruments alone."""
+"""The monitor: a run with it is the run without it, bit for bit.
 
+Its rows survive a checkpoint; its numbers are those of the instruments alone.
+"""
+
+import functools
 import math
 import time
 import types
@@ -16,25 +20,25 @@ from vqstudy.train import OutOfTime, Settings, fit, load_checkpoint, reproducibl
 
 def data(n=32, size=32):
     g = torch.Generator().manual_seed(3)
-    return types.SimpleNamespace(
-        x=torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g),
-        y=torch.arange(n) % 3,
-    )
+    x = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g)
+    return types.SimpleNamespace(x=x, y=torch.arange(n) % 3)
 
 
 PROBE = data(6).x.flip(0).float() / 255
 
 
-def monitor(**more):
-    return Monitor(quantized_task, PROBE, torch.arange(6) % 3, **{"at": early(3, 4)} | more)
+def monitor(at=early(3, 4), **options):
+    "Looks at steps 0, 1, 2 and 4."
+    return Monitor(quantized_task, PROBE, torch.arange(6) % 3, at, **options)
+
+
+def autoencoder(method="vq", **options):
+    return Autoencoder(recipe(method, 8, 32, channel_dim=1, **options), channels=8)
 
 
 def run(method="vq", watch=None, path=None, deadline=None, loss=reconstruction_loss, **more):
     reproducible(0, threads=1, device="cpu")
-    model = Autoencoder(
-        recipe(method, 8, 32, channel_dim=1, **({"life_span": 2} if "replace" in method else {})),
-        channels=8,
-    )
+    model = autoencoder(method, **({"life_span": 2} if "replace" in method else {}))
     model.decoder.append(nn.Dropout(0.1))  # batch norm is there already
     return fit(
         model,
@@ -50,22 +54,26 @@ def run(method="vq", watch=None, path=None, deadline=None, loss=reconstruction_l
     )
 
 
+@functools.cache
+def uninterrupted():
+    "A watched run from the first to the last step."
+    return run("vq + replace", monitor())
+
+
 def same(a, b):
     assert a.history == b.history
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
-    )
+    states = zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    assert all(torch.equal(x, y) for x, y in states)
 
 
 @pytest.mark.parametrize("method", recipes())
 def test_a_run_with_a_monitor_is_the_run_without(method, tmp_path):
-    "Joint, alternated, replacement, stochastic, rules that ask the decoder, ... ; and the same rows after a stop and a resumption."
+    "Every recipe has it; and the same rows after a stop and a resumption."
     watched = run(method, monitor())
     same(watched, run(method))
-    assert [row["step"] for row in watched.observed] == [0, 1, 2, 4] and all(
-        type(v) is float for row in watched.observed for k, v in row.items() if k != "step"
-    )
+    assert [row["step"] for row in watched.observed] == [0, 1, 2, 4]
+    for row in watched.observed:
+        assert all(type(value) is float for name, value in row.items() if name != "step")
     with pytest.raises(OutOfTime):
         run(method, monitor(), tmp_path / "run.pt", time.time())
     resumed = run(method, monitor(), tmp_path / "run.pt")
@@ -91,7 +99,8 @@ def test_under_other_settings_too(more):
 
 @pytest.mark.parametrize("stops", [1, 2, 5, 7])
 def test_rows_survive_an_interruption_at_any_step(tmp_path, stops):
-    whole, seen = run("vq + replace", monitor()), 0
+    whole = uninterrupted()
+    seen = 0
 
     def interrupted(model, x, y):
         nonlocal seen
@@ -105,70 +114,58 @@ def test_rows_survive_an_interruption_at_any_step(tmp_path, stops):
     kept = load_checkpoint(tmp_path / "run.pt")
     resumed = run("vq + replace", monitor(), tmp_path / "run.pt")
     same(resumed, whole)
-    assert (
-        resumed.observed == whole.observed
-        and kept["observed"] == whole.observed[: len(kept["observed"])]
-    )
-    assert all(
-        resumed.cost[f"monitor_{name}_seconds"] > seconds
-        for name, seconds in kept["instruments"].items()
-        if len(kept["observed"]) < 4
-    )
-    assert (
-        run("vq + replace", monitor(), tmp_path / "run.pt").observed == whole.observed
-    )  # of a finished run
+    assert resumed.observed == whole.observed
+    assert kept["observed"] == whole.observed[: len(kept["observed"])]
+    if len(kept["observed"]) < 4:
+        for name, seconds in kept["instruments"].items():
+            assert resumed.cost[f"monitor_{name}_seconds"] > seconds
+    finished = run("vq + replace", monitor(), tmp_path / "run.pt")  # nothing is left to do
+    assert finished.observed == whole.observed
 
 
 def test_the_cost_is_kept_apart():
-    slow = lambda model, step: (time.sleep(0.1), ({"a": 1.0}, {"nap": 0.1}))[1]
-    fitted = run(watch=slow)
-    assert (
-        fitted.cost["monitor_nap_seconds"] == pytest.approx(0.8)
-        and fitted.cost["train_seconds"] < 0.8 + run().cost["train_seconds"]
-    )
-    assert set(run(watch=monitor()).cost) >= {
-        f"monitor_{name}_seconds" for name in ("pass", "gap", "usage", *DIVERGENCES)
-    }
-    assert run().observed == [] and not any("monitor" in name for name in run().cost)
+    def slow(model, step):
+        time.sleep(0.1)
+        return {"a": 1.0}, {"nap": 0.1}
+
+    watched = run(watch=slow)
+    plain = run()
+    assert watched.cost["monitor_nap_seconds"] == pytest.approx(0.8)
+    assert watched.cost["train_seconds"] < 0.8 + plain.cost["train_seconds"]
+    assert plain.observed == [] and not any("monitor" in name for name in plain.cost)
+    for name in ("pass", "gap", "usage", *DIVERGENCES):
+        assert f"monitor_{name}_seconds" in uninterrupted().cost
 
 
 def test_the_numbers_are_those_of_the_instruments():
     reproducible(0)
-    model = Autoencoder(recipe("vq + l2", 8, 32, channel_dim=1), channels=8)
+    model = autoencoder("vq + l2")
     row, _ = monitor()(model, 0)
-    gap = gradient_gap(model, lambda m, x: quantized_task(m, x), PROBE)
-    assert (row["gap"], row["gap_relative"], row["gap_cosine"]) == (
-        gap.total,
-        gap.relative,
-        gap.cosine,
-    )
+    gap = gradient_gap(model, quantized_task, PROBE)
+    gaps = (gap.total, gap.relative, gap.cosine)
+    assert (row["gap"], row["gap_relative"], row["gap_cosine"]) == gaps
     assert {k.removeprefix("gap:"): v for k, v in row.items() if k.startswith("gap:")} == gap.layers
     z = nn.functional.normalize(model.encoder(PROBE).detach().movedim(1, -1).reshape(-1, 8), dim=1)
     book = model.quantizer.codebook.detach()
     codes = torch.cdist(z, book).argmin(1)
     assert row["active_codes"] == len(codes.unique()) and row["usage"] == len(codes.unique()) / 32
-    assert row["quantization_error"] == pytest.approx(
-        float((z - book[codes]).pow(2).mean()), rel=1e-5
-    )
+    error = float((z - book[codes]).pow(2).mean())
+    assert row["quantization_error"] == pytest.approx(error, rel=1e-5)
     sets = {"p": z, "c": book, "q": book[codes.unique()]}
-    for a, b in ("pc", "cp", "cq", "qc", "pq", "qp"):
-        for kind in ("nearest", "gaussian_kl"):
-            assert row[f"{kind}_{a}{b}"] == pytest.approx(
-                divergence(sets[a], sets[b], kind), rel=1e-4, abs=1e-9
-            )
-    for a, b in ("pc", "cq", "pq"):
-        for kind in ("sliced_wasserstein", "energy"):
-            assert row[f"{kind}_{a}{b}"] == pytest.approx(
-                divergence(sets[a], sets[b], kind), rel=1e-4
-            )
-    assert not any(
-        ":" in k or "energy" in k for k in monitor(layers=False, kinds=["nearest"])(model, 0)[0]
-    )
+    both_ways = ("pc", "cp", "cq", "qc", "pq", "qp")
+    pairs = dict.fromkeys(("nearest", "gaussian_kl"), both_ways)
+    pairs |= dict.fromkeys(("sliced_wasserstein", "energy"), ("pc", "cq", "pq"))
+    for kind in DIVERGENCES:
+        for a, b in pairs[kind]:
+            wanted = divergence(sets[a], sets[b], kind)
+            assert row[f"{kind}_{a}{b}"] == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    little, _ = monitor(layers=False, kinds=["nearest"])(model, 0)
+    assert not any(":" in name or "energy" in name for name in little)
 
 
 def test_the_exact_rule_asks_the_decoder_about_the_probe():
     reproducible(0)
-    model = Autoencoder(recipe("vq + exact", 8, 32, channel_dim=1), channels=8)
+    model = autoencoder("vq + exact")
     model.quantizer.attach(lambda v: 1e6 * v.sum())  # of another batch
     assert monitor()(model, 0)[0]["gap_relative"] < 1e-5
     assert float(model.quantizer.loss_at(torch.ones(2))) == 2e6
@@ -178,42 +175,29 @@ def test_the_exact_rule_asks_the_decoder_about_the_probe():
 def test_alternation_is_seen_between_the_inner_and_the_outer_step(fused):
     "The codebook has moved, the network has not."
     reproducible(0)
-    model = Autoencoder(recipe("vq + alt", 8, 32, channel_dim=1), channels=8)
-    table, weight, seen = (
-        model.quantizer.book.weight.detach().clone(),
-        model.encoder[0].weight.detach().clone(),
-        [],
-    )
+    model = autoencoder("vq + alt")
+    table = model.quantizer.book.weight.detach().clone()
+    weight = model.encoder[0].weight.detach().clone()
+    unmoved = []
 
     def look(model, step):
-        seen.append(
-            (
-                torch.equal(model.quantizer.book.weight, table),
-                torch.equal(model.encoder[0].weight, weight),
-            )
-        )
+        same_table = torch.equal(model.quantizer.book.weight, table)
+        unmoved.append((same_table, torch.equal(model.encoder[0].weight, weight)))
 
-    fit(
-        model,
-        reconstruction_loss,
-        data(8),
-        Settings(epochs=1, batch_size=8, lr=1e-2, fused=fused),
-        monitor=look,
-        progress=False,
-    )
-    assert seen == [(False, True)] and not torch.equal(model.encoder[0].weight, weight)
+    settings = Settings(epochs=1, batch_size=8, lr=1e-2, fused=fused)
+    fit(model, reconstruction_loss, data(8), settings, monitor=look, progress=False)
+    assert unmoved == [(False, True)]
+    assert not torch.equal(model.encoder[0].weight, weight)
 
 
 def test_two_quantizers_have_a_row_each_and_fused_alternation_looks_once():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.a, self.b = (
-                nn.Linear(12, 4),
-                nn.Linear(4, 12),
-                VectorQuantizer(4, 8, alternate=True),
-                VectorQuantizer(4, 16, alternate=True, map=Affine(4)),
-            )
+            self.first = nn.Linear(12, 4)
+            self.second = nn.Linear(4, 12)
+            self.a = VectorQuantizer(4, 8, alternate=True)
+            self.b = VectorQuantizer(4, 16, alternate=True, map=Affine(4))
 
         def forward(self, x):
             a = self.a(self.first(x.flatten(1)))
@@ -227,70 +211,41 @@ def test_two_quantizers_have_a_row_each_and_fused_alternation_looks_once():
         return task(model, x, y) + model(x)[1], {}
 
     reproducible(0)
-    fitted = fit(
-        Two(),
-        loss,
-        data(16, 2),
-        Settings(epochs=1, batch_size=8),
-        monitor=Monitor(task, data(9, 2).x / 255),
-        progress=False,
-    )
-    assert [row["step"] for row in fitted.observed] == [0, 1] and {
-        "a:usage",
-        "b:usage",
-        "a:nearest_cq",
-        "b:energy_pq",
-        "gap:first",
-    } <= set(fitted.observed[0])
+    settings = Settings(epochs=1, batch_size=8)
+    watch = Monitor(task, data(9, 2).x / 255)
+    fitted = fit(Two(), loss, data(16, 2), settings, monitor=watch, progress=False)
+    assert [row["step"] for row in fitted.observed] == [0, 1]
+    names = {"a:usage", "b:usage", "a:nearest_cq", "b:energy_pq", "gap:first"}
+    assert names <= set(fitted.observed[0])
 
 
 def test_a_collapsed_codebook_and_encoder_leave_finite_numbers():
     reproducible(0)
-    model = Autoencoder(recipe("vq", 8, 32, channel_dim=1), channels=8)
+    model = autoencoder()
     with torch.no_grad():
         for p in model.encoder.parameters():
             p.zero_()
         model.quantizer.book.weight.zero_()
     row, _ = monitor()(model, 0)
-    assert (
-        row["active_codes"] == 1
-        and row["quantization_error"] == row["nearest_cq"] == 0
-        and all(
-            math.isfinite(v)
-            for k, v in row.items()
-            if k.startswith(("gaussian", "energy", "sliced"))
-        )
-    )
+    assert row["active_codes"] == 1
+    assert row["quantization_error"] == row["nearest_cq"] == 0
+    for name, value in row.items():
+        if name.startswith(("gaussian", "energy", "sliced")):
+            assert math.isfinite(value), name
 
 
 def test_a_classifier_under_sgd_is_watched(tmp_path):
-    def go(watch):
-        reproducible(0)
-        model = Classifier(
-            recipe("vq + replace", 128, 16, channel_dim=1, init="kmeans", life_span=1), 3
-        )
-        return fit(
-            model,
-            classification_loss,
-            data(),
-            Settings(
-                epochs=1,
-                batch_size=16,
-                lr=0.1,
-                optimizer="sgd",
-                momentum=0.9,
-                codebook_optimizer="sgd",
-                warmup=0.0,
-                decay="constant",
-            ),
-            monitor=watch,
-            progress=False,
-        )
+    sgd = dict(optimizer="sgd", momentum=0.9, codebook_optimizer="sgd", lr=0.1)
+    settings = Settings(epochs=1, batch_size=16, warmup=0.0, decay="constant", **sgd)
+    revived = dict(init="kmeans", life_span=1)
 
-    watched = go(monitor(at=range(9)))
-    same(watched, go(None))
-    assert (
-        [row["step"] for row in watched.observed] == [0, 1]
-        and "gap:encoder.6.0.conv1" in watched.observed[0]
-        and not any("decoder" in k for k in watched.observed[0])
-    )
+    def train(watch):
+        reproducible(0)
+        model = Classifier(recipe("vq + replace", 128, 16, channel_dim=1, **revived), 3)
+        return fit(model, classification_loss, data(), settings, monitor=watch, progress=False)
+
+    watched = train(monitor(at=range(9)))
+    same(watched, train(None))
+    assert [row["step"] for row in watched.observed] == [0, 1]
+    assert "gap:encoder.6.0.conv1" in watched.observed[0]
+    assert not any("decoder" in name for name in watched.observed[0])

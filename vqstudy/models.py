@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
+from .checks import choice, whole
 
 # %% ../nbs/lib/07_models.ipynb #31c1e6b5
 class ResidualBlock(nn.Module):
@@ -33,10 +34,8 @@ class ResidualBlock(nn.Module):
         return x + self.net(x)
 
 # %% ../nbs/lib/07_models.ipynb #38b74fb2
-SIZES = {
-    32: (2, 2, True),
-    64: (6, 5, False),
-}  # pixels: blocks of the encoder, of the decoder, BN and ReLU after the third conv
+# pixels: (blocks of the encoder, of the decoder, BN and ReLU after the encoder's third conv)
+SIZES = {32: (2, 2, True), 64: (6, 5, False)}
 
 
 def _act(c: int) -> list[nn.Module]:
@@ -47,11 +46,11 @@ def encoder(size: int, c: int) -> nn.Sequential:
     "(b, 3, size, size) to (b, c, size/4, size/4)."
     blocks, _, dressed = SIZES[size]
     return nn.Sequential(
-        nn.Conv2d(3, c // 2, 4, 2, 1),
+        nn.Conv2d(3, c // 2, 4, 2, 1),  # (b, c/2, size/2, size/2)
         *_act(c // 2),
-        nn.Conv2d(c // 2, c, 4, 2, 1),
+        nn.Conv2d(c // 2, c, 4, 2, 1),  # (b, c, size/4, size/4)
         *_act(c),
-        nn.Conv2d(c, c, 3, 1, 1),
+        nn.Conv2d(c, c, 3, 1, 1),  # the same, as all that follows
         *(_act(c) if dressed else []),
         *(ResidualBlock(c) for _ in range(blocks)),
     )
@@ -62,11 +61,11 @@ def decoder(size: int, c: int) -> nn.Sequential:
     _, blocks, _ = SIZES[size]
     return nn.Sequential(
         *(ResidualBlock(c) for _ in range(blocks)),
-        nn.ConvTranspose2d(c, c, 3, 1, 1),
+        nn.ConvTranspose2d(c, c, 3, 1, 1),  # (b, c, size/4, size/4), as all before
         *_act(c),
-        nn.ConvTranspose2d(c, c // 2, 4, 2, 1),
+        nn.ConvTranspose2d(c, c // 2, 4, 2, 1),  # (b, c/2, size/2, size/2)
         *_act(c // 2),
-        nn.ConvTranspose2d(c // 2, 3, 4, 2, 1),
+        nn.ConvTranspose2d(c // 2, 3, 4, 2, 1),  # (b, 3, size, size)
         nn.Sigmoid(),
     )
 
@@ -74,32 +73,32 @@ def decoder(size: int, c: int) -> nn.Sequential:
 class Reconstruction(NamedTuple):
     "What an autoencoder returns."
 
-    x: Tensor  # (b, 3, h, w) the decoder's picture, in 0..1
+    x: Tensor  # (b, 3, h, w) the decoder's image, in 0..1
     z: Tensor  # (b, c, h/4, w/4) the encoder's output
     quantized: Quantized  # z_q, codes, loss
 
+
+def _check_quantizer(quantizer: Quantizer, dim: int) -> None:
+    if quantizer.dim != dim or quantizer.channel_dim not in (1, -3):
+        given = f"dim={quantizer.dim} and channel_dim={quantizer.channel_dim}"
+        raise ValueError(f"quantizer must have dim={dim} and channel_dim=1, got {given}")
+
 # %% ../nbs/lib/07_models.ipynb #df4e996c
 class Autoencoder(nn.Module):
-    """SQ-VAE's autoencoder (Takida et al. 2022) around a quantizer of width `channels` with channel_dim=1.
+    """SQ-VAE's autoencoder (Takida et al. 2022) around a quantizer with channel_dim=1.
 
-    size: 32 or 64 pixels. channels: even. Convolutions start at N(0, 0.02), as in SQ-VAE. Raises ValueError for another size or width.
+    size: 32 or 64 pixels. channels: even, the quantizer's width. Raises ValueError for others.
     """
 
     def __init__(self, quantizer: Quantizer, size: int = 32, channels: int = 64):
         super().__init__()
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {sorted(SIZES)} pixels, got {size}")
-        if channels < 2 or channels % 2:
-            raise ValueError(f"channels must be even and at least 2, got {channels}")
-        if quantizer.dim != channels or quantizer.channel_dim not in (1, -3):
-            raise ValueError(
-                f"quantizer must have dim={channels} and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}"
-            )
-        self.encoder, self.quantizer, self.decoder = (
-            encoder(size, channels),
-            quantizer,
-            decoder(size, channels),
-        )
+        choice("size", size, tuple(SIZES))
+        if whole("channels", channels, least=2) % 2:
+            raise ValueError(f"channels must be even, got {channels}")
+        _check_quantizer(quantizer, channels)
+        self.encoder = encoder(size, channels)
+        self.quantizer = quantizer
+        self.decoder = decoder(size, channels)
         for m in (*self.encoder.modules(), *self.decoder.modules()):
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.normal_(m.weight, 0.0, 0.02)
@@ -126,13 +125,14 @@ class Autoencoder(nn.Module):
 def reconstruction_loss(
     model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    "The task's loss (the mean squared error, unless the quantizer has its own objective) plus the quantizer's, and both apart; for `fit`."
-    out = model(x)
-    task = model.task_loss(out.x, x)
-    return task + out.quantized.loss, {
-        "task_loss": task.detach(),
-        "quantizer_loss": out.quantized.loss.detach(),
-    }
+    """The task's loss plus the quantizer's, and both apart; for `fit`.
+
+    The task's is the mean squared error, unless the quantizer has its own objective.
+    """
+    reconstruction = model(x)
+    task = model.task_loss(reconstruction.x, x)
+    own = reconstruction.quantized.loss
+    return task + own, {"task_loss": task.detach(), "quantizer_loss": own.detach()}
 
 # %% ../nbs/lib/07_models.ipynb #c06ff03c
 class Classification(NamedTuple):
@@ -144,31 +144,33 @@ class Classification(NamedTuple):
 
 # %% ../nbs/lib/07_models.ipynb #b80d686e
 class Classifier(nn.Module):
-    """torchvision's ResNet18 for `num_classes`, with a quantizer of dim=128 and channel_dim=1 after layer2 (Huh et al. 2023, A.1).
+    """torchvision's ResNet18 with a quantizer of dim=128 and channel_dim=1 after layer2.
 
-    Pictures (b, 3, h, w) are in 0..1, of 32 pixels or more, and normalised by ImageNet's means and deviations. Raises ValueError for a
-    quantizer of another width or fewer than 2 classes.
+    Images (b, 3, h, w) are in 0..1, of 32 pixels or more, and normalised by ImageNet's means and
+    standard deviations. Raises ValueError for a quantizer of another width or fewer than 2 classes.
+    Source: Huh et al. 2023, A.1.
     """
 
     def __init__(self, quantizer: Quantizer, num_classes: int):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if quantizer.dim != 128 or quantizer.channel_dim not in (1, -3):
-            raise ValueError(
-                f"quantizer must have dim=128 and channel_dim=1, got dim={quantizer.dim} and channel_dim={quantizer.channel_dim}"
-            )
+        whole("num_classes", num_classes, least=2)
+        _check_quantizer(quantizer, 128)
         from torchvision.models import resnet18
         from torchvision.transforms import Normalize
 
         net = resnet18(num_classes=num_classes)
-        normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.encoder = nn.Sequential(
-            normalize, net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2
+            Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            *(net.conv1, net.bn1, net.relu),  # (b, 64, h/2, w/2)
+            *(net.maxpool, net.layer1),  # (b, 64, h/4, w/4)
+            net.layer2,  # (b, 128, h/8, w/8)
         )
-        self.quantizer, self.decoder = (
-            quantizer,
-            nn.Sequential(net.layer3, net.layer4, net.avgpool, nn.Flatten(), net.fc),
+        self.quantizer = quantizer
+        self.decoder = nn.Sequential(
+            net.layer3,  # (b, 256, h/16, w/16)
+            net.layer4,  # (b, 512, h/32, w/32)
+            *(net.avgpool, nn.Flatten()),  # (b, 512)
+            net.fc,  # (b, num_classes)
         )
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Classification:
@@ -179,26 +181,30 @@ class Classifier(nn.Module):
     def decoder_loss(
         self, v: Float[Tensor, "b 128 h w"], x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
     ) -> Float[Tensor, ""]:
-        "The task's loss with v in the place of the quantized vectors, for rules that ask the decoder: cross-entropy in nats."
+        "Cross-entropy (nats) with v at the decoder's input, for rules that ask the decoder."
         return F.cross_entropy(self.decoder(v).float(), y)
 
 # %% ../nbs/lib/07_models.ipynb #45945b1f
 def classification_loss(
     model: Classifier, x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    "Cross-entropy (nats) plus the quantizer's loss, both apart, and the share of right answers; for `fit`."
-    out = model(x)
-    task = F.cross_entropy(out.logits.float(), y)
-    right = (out.logits.detach().argmax(1) == y).float().mean()
-    return task + out.quantized.loss, {
+    "Cross-entropy (nats) plus the quantizer's loss; both apart, and the accuracy; for `fit`."
+    classification = model(x)
+    task = F.cross_entropy(classification.logits.float(), y)
+    own = classification.quantized.loss
+    right = (classification.logits.detach().argmax(1) == y).float().mean()
+    return task + own, {
         "task_loss": task.detach(),
-        "quantizer_loss": out.quantized.loss.detach(),
+        "quantizer_loss": own.detach(),
         "train_accuracy": right,
     }
 
-
+# %% ../nbs/lib/07_models.ipynb #f5d60f2f
 def quantized_task(
     model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
 ) -> Float[Tensor, ""]:
-    "The task's loss alone of an Autoencoder or Classifier, through its quantizer; for `gradient_gap` and `Monitor`."
+    """The task's loss alone of an Autoencoder or Classifier, through its quantizer.
+
+    For `gradient_gap` and `Monitor`.
+    """
     return model.decoder_loss(model.quantizer(model.encoder(x)).z_q, x, y)
