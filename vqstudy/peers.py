@@ -18,7 +18,7 @@ from .categorical import RouterQuantizer
 from .models import Autoencoder, reconstruction_loss
 from .quantizers import recipe, recipes
 from .search import nearest
-from .train import Settings, _advance, _Loop
+from .train import Loop, Settings
 from .vector import SimVQ, VectorQuantizer
 
 # %% ../nbs/lib/12a_peers.ipynb #61e5f978
@@ -313,17 +313,11 @@ def training_step(
     "A call of one training step of `Autoencoder` on uint8 pictures (b, 3, 32, 32), repeated `batches` times to one larger batch."
     x = x.repeat(batches, 1, 1, 1)
     model = Autoencoder(recipe(spec, dim, num_codes, channel_dim=1), 32, dim)
-    loop = _Loop(
-        model,
-        reconstruction_loss,
-        x,
-        None,
-        Settings(epochs=10**6, batch_size=len(x), channels_last=True, **settings),
-        x.device,
-    )
+    s = Settings(epochs=10**6, batch_size=len(x), channels_last=True, **settings)
+    loop = Loop(model, reconstruction_loss, x, None, s, x.device)
 
-    def call():
-        _advance(loop, loop.x.float().div_(255).contiguous(memory_format=loop.memory_format), None)
+    def call() -> None:
+        loop.advance(*loop.batches.read(slice(None)))
 
     return call
 
