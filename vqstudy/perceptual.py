@@ -213,7 +213,7 @@ def _convolution(
         layers.append(nn.ReLU6(inplace=True))
     return nn.Sequential(*layers)
 
-# %% ../nbs/lib/09a_perceptual.ipynb #e12e8b01
+# %% ../nbs/lib/09a_perceptual.ipynb #be7d9893
 class Bottleneck(nn.Module):
     "Widen, filter each channel, narrow; added to its input where the shapes agree."
 
@@ -356,14 +356,14 @@ def features_file(
     key = hashlib.sha256(json.dumps(made_from).encode() + pixels).hexdigest()[:16]
     return cache_folder() / f"features-{name}-{len(x)}-{key}.npz"
 
-# %% ../nbs/lib/09a_perceptual.ipynb #c5421296
+# %% ../nbs/lib/09a_perceptual.ipynb #6cc11bb5
 def real_features(
     name: str,
     x: UInt8[Tensor, "n 3 h w"],
     device: torch.device | str = "cpu",
     side: int = SIDE,
 ) -> Float[Tensor, "n d"]:
-    "`features`, read from the cache if they are there; a damaged file is made again, with a warning."
+    "`features`, read from the cache if they are there; warns of a damaged file and makes it again."
     _check_images(x, 1)
     choice("name", name, WHOLE_SET)
     file = features_file(name, x, device, side)
