@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Iterator, TextIO
-from .cells import SCALES, Cell, _hash, cell_id, check, fingerprint, notebook_path
+from .cells import SCALES, Cell, cell_id, check, digest, fingerprint, notebook_path
 from .cells import parameters, plan, root, sweep, sweeps
 from .records import collect, found, in_results, locked, make_record, memory, now
 from .records import provenance, read_record, read_table, results_folder, save_record
@@ -95,7 +95,7 @@ class Run:
         alone = os.path.relpath(root() / "data" / "runs" / "single" / self.cell)
         self.out = Path(namespace.get("out") or alone)
         self._code = fingerprint(notebook)  # of now: the files may change while this runs
-        key = _hash(self.cell + self._code)[:12]
+        key = digest(self.cell + self._code)[:12]
         self.checkpoint = (
             self.out.parent if "VQSTUDY_WATCH" in os.environ else self.out
         ) / f"checkpoint-{key}.pt"
@@ -329,9 +329,9 @@ def figure_state(stem: str, scale: str) -> str:
         for name in sweeps(scale)
         if stem in sweep(name)["figures"]
     ]
-    return _hash(
+    return digest(
         fingerprint(_figure(stem))
-        + "".join(_hash(path.read_bytes()) for path in tables if path.is_file())
+        + "".join(digest(path.read_bytes()) for path in tables if path.is_file())
     )
 
 
