@@ -1,67 +1,52 @@
-"""Identity, plans, records and tables: what must hold for any parameters and in any order of events."""
+"""Identity, plans, records and tables: what holds for any parameters, in any order of events."""
 
-import json, os, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pytest
+import nbformat
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
+from projects import leave, new_project, notebook
 from vqstudy import cells, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
-PARAMETERS = 'lr: float = 0.1\nsteps: int = 3\nmethod: str = "a"\ntuned: bool = False\ntaps: list = [1, 2]\nseed: int = 0\nout: str = ""'
-
-
-def notebook(path, *sources, outputs=(), tag="parameters"):
-    made = [
-        dict(
-            cell_type="code",
-            id=f"c{i}",
-            metadata=dict(tags=[] if i else [tag]),
-            source=source,
-            outputs=list(outputs),
-            execution_count=None,
-        )
-        for i, source in enumerate(sources)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)))
+PARAMETERS = """lr: float = 0.1
+steps: int = 3
+method: str = "a"
+tuned: bool = False
+taps: list = [1, 2]
+seed: int = 0
+out: str = ""
+"""
+USES_TOY = "from vqstudy.toy import walk"
+WALKS = """
+notebook: walk
+grid: {method: [a, b]}
+seeds: [0, 1]
+scales: {smoke: {}, desk: {}, gpu: {seeds: [7]}}
+"""
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = vqstudy\n")
-    notebook(tmp_path / "nbs/runs/walk.ipynb", PARAMETERS, "from vqstudy.toy import walk")
-    (tmp_path / "vqstudy").mkdir()
-    (tmp_path / "vqstudy/toy.py").write_text("def walk(): pass")
-    (tmp_path / "nbs/sweeps").mkdir()
-    (tmp_path / "nbs/sweeps/walks.yaml").write_text(
-        "{notebook: walk, grid: {method: [a, b]}, seeds: [0, 1], scales: {smoke: {}, desk: {}, gpu: {seeds: [7]}}}"
-    )
+    new_project(tmp_path, PARAMETERS, USES_TOY, walks=WALKS)
+    records.write(tmp_path / "vqstudy/toy.py", "def walk(): pass")
     monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
     return tmp_path
 
 
-def leave(cell, metric, status="done", code=None):
-    "A record, or the note of a failure, as a run leaves it."
-    record = records.make_record(
-        cell.id,
-        cell.parameters,
-        dict(fingerprint=code or cell.fingerprint),
-        status,
-        {} if status == "failed" else dict(metric=metric),
-        dict(seconds=1.0),
-        "ValueError: no" if status == "failed" else "",
-    )
-    if status == "failed":
-        records.write(cell.work / "failed.json", json.dumps(record))
-    else:
-        records.save_record(
-            cell.folder,
-            record,
-            [dict(epoch=0, loss=metric), dict(epoch=1, loss=metric, extra=1)],
-            np.zeros((2, 4, 3, 8, 8), "uint8"),
-        )
+def run(cell, metric, status="done", code=None):
+    "A record with a history of two epochs and a picture, or the note of a failure."
+    history = [dict(epoch=0, loss=metric), dict(epoch=1, loss=metric, extra=1)]
+    leave(cell, dict(metric=metric), status, code, history=history, samples=True)
 
+
+# ---- identity ----
 
 literals = st.one_of(
     st.booleans(),
@@ -76,11 +61,8 @@ def test_id_depends_on_names_and_values_alone(parameters, random):
     names = list(parameters)
     random.shuffle(names)
     name = cells.cell_id("walk", parameters)
-    assert (
-        name
-        == cells.cell_id("walk", {key: parameters[key] for key in names})
-        == cells.cell_id("walk", json.loads(json.dumps(parameters)))
-    )
+    assert name == cells.cell_id("walk", {key: parameters[key] for key in names})
+    assert name == cells.cell_id("walk", json.loads(json.dumps(parameters)))
     assert len(name) == len("walk-") + 12
     assert name != cells.cell_id("walk", parameters | {"new parameter": 0})
 
@@ -102,251 +84,494 @@ def test_check_takes_the_declared_type_only(project, value):
 
 
 def test_every_type_and_default(project):
-    assert cells.check("walk", {}) == dict(
-        lr=0.1, steps=3, method="a", tuned=False, taps=[1, 2], seed=0
-    )
+    defaults = dict(lr=0.1, steps=3, method="a", tuned=False, taps=[1, 2], seed=0)
+    assert cells.check("walk", {}) == defaults
     with pytest.raises(ValueError, match="unknown parameter 'out'"):
         cells.check("walk", dict(out="x"))
     with pytest.raises(ValueError, match="finite"):
         cells.check("walk", dict(lr=float("inf")))
-    notebook(project / "nbs/runs/twice.ipynb", PARAMETERS, "1")
-    book = json.loads((project / "nbs/runs/twice.ipynb").read_text())
+    path = project / "nbs/runs/twice.ipynb"
+    notebook(path, PARAMETERS, "1")
+    book = json.loads(path.read_text())
     book["cells"][1]["metadata"]["tags"] = ["parameters"]
-    (project / "nbs/runs/twice.ipynb").write_text(json.dumps(book))
+    path.write_text(json.dumps(book))
     with pytest.raises(ValueError, match="has 2"):
         cells.parameters("twice")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import os",
-        "x = 1",
-        "x: int",
-        "x: int = os.cpu_count()",
-        "x: Path = 'a'",
-        "x: int = None",
-        "x: int = 1.5",
-        "for x in []: pass",
-    ],
-)
+LINES = ["import os", "x = 1", "x: int", "x: int = os.cpu_count()", "x: Path = 'a'"]
+LINES += ["x: int = None", "x: int = 1.5", "for x in []: pass"]
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_parameters_cell_holds_annotated_literals(project, line):
-    notebook(project / "nbs/runs/odd.ipynb", line + '\nout: str = ""')
-    with pytest.raises((ValueError, TypeError), match="odd.ipynb|parameter 'x'"):
-        cells.parameters("odd")
+    notebook(project / "nbs/runs/strange.ipynb", line + '\nout: str = ""')
+    with pytest.raises((ValueError, TypeError), match="strange.ipynb|parameter 'x'"):
+        cells.parameters("strange")
+
+
+# ---- what counts as the same code ----
+
+MODULE = '''
+import math
+import os
+from pathlib import Path
+from dataclasses import dataclass, field
+
+@dataclass(frozen=True)
+class Walk:
+    steps: int = 3
+    drift: float = 0.5
+
+    def far(self, scale: float = 2.0) -> float:
+        return scale * math.sqrt(self.steps) + len(os.name)
+
+def start(here=Path("."), wide=True):
+    return field(), here, f"{wide} and " "so on"
+'''
+
+SAME_CODE = {
+    "wrapped": ("self, scale: float = 2.0", "\n        self,\n        scale: float = 2.0,\n    "),
+    "commented": ("return scale", "# why\n        return scale"),
+    "empty lines": ("\n\n", "\n\n\n\n"),
+    "quotes": ('Path(".")', "Path('.')"),
+    "parentheses": ("scale * math.sqrt(self.steps)", "(scale * (math.sqrt(self.steps)))"),
+    "docstring of the module": ("\nimport math", '"Walks."\nimport math'),
+    "docstring of a class": ("    steps: int", '    """A walk."""\n\n    steps: int'),
+    "docstring of a function": ("        return", '        "How far."\n        return'),
+    "annotations of arguments": ("here=Path", 'here: "Path | None"=Path'),
+    "annotation of the result": (" -> float", ' -> "Float[Tensor, \'n\']"'),
+    "order of imports": ("import math\nimport os", "import os\nimport math"),
+    "one import for two": ("import math\nimport os", "import os, math"),
+    "two imports for one": ("import dataclass, field", "import field\nfrom dataclasses import dataclass"),
+    "exports": ("import os\n", "import os\n__all__ = ['Walk', 'start']\n"),
+    "marks of nbdev": ("@dataclass", "# %% ../nbs/lib/00_walk.ipynb #1f\n@dataclass"),
+    "f-string in parts": ('f"{wide} and " "so on"', 'f"{wide}" f" and so" " on"'),
+}
+
+OTHER_CODE = {
+    "constant": ("scale * math", "3 * math"),
+    "type of a constant": ("steps: int = 3", "steps: int = 3.0"),
+    "default": ("wide=True", "wide=False"),
+    "default that an annotation precedes": ("scale: float = 2.0", "scale: float = 2.5"),
+    "decorator": ("(frozen=True)", "(frozen=False)"),
+    "no decorator": ("@dataclass(frozen=True)\n", ""),
+    "field's annotation": ("drift: float", "drift: int"),
+    "field's default": ("drift: float = 0.5", "drift: float = 0.25"),
+    "order of fields": ("steps: int = 3\n    drift: float = 0.5", "drift: float = 0.5\n    steps: int = 3"),
+    "text": ('"so on"', '"so forth"'),
+    "format": ("{wide}", "{wide!r}"),
+    "import": ("import math", "import cmath as math"),
+    "level of an import": ("from pathlib", "from .pathlib"),
+    "operator": ("sqrt(self.steps) +", "sqrt(self.steps) -"),
+    "annotation that a decorator may read": ("def start(", "@jit\ndef start("),
+}
+
+
+@pytest.mark.parametrize("change", SAME_CODE)
+def test_how_code_is_written_does_not_count(change):
+    old, new = SAME_CODE[change]
+    assert old in MODULE
+    assert cells.code_digest(MODULE.replace(old, new)) == cells.code_digest(MODULE)
+
+
+@pytest.mark.parametrize("change", OTHER_CODE)
+def test_what_code_does_counts(change):
+    old, new = OTHER_CODE[change]
+    assert old in MODULE
+    assert cells.code_digest(MODULE.replace(old, new)) != cells.code_digest(MODULE)
+
+
+def test_annotations_count_where_a_decorator_may_read_them():
+    kernel = "@triton.jit\ndef kernel(x, wide: tl.constexpr): pass"
+    assert cells.code_digest(kernel) != cells.code_digest(kernel.replace(": tl.constexpr", ""))
+    plain = "@torch.no_grad()\n@property\ndef width(self) -> int: return 1"
+    assert cells.code_digest(plain) == cells.code_digest(plain.replace(" -> int", ""))
+
+
+GOLDEN = r'''
+"""Every kind of syntax that Python 3.10 has."""
+from __future__ import annotations
+import asyncio, os.path as p
+from dataclasses import dataclass
+from . import sibling
+x, w, a = 1.5, 3, {"k": 2}
+numbers = (1, 1.0, 1j, 1e400, 0xFF, 1_000, -0.0, b"\x00\xff" b"a", ..., None, True, 10**3)
+texts = f"{x}", f"a{x!r:>{w}}b" "c" f"{w:}{{}}" 'é\N{BULLET}\u200b\U0001fae8', f"" "lit", u"u"
+texts += f"{x=} and {w = !s:^10} " f"{a['k']:{w}.{w}f}z" "tail", "x" f"{x}" "y" f"{{{x}}}" ""
+texts += rf"\d{x}\n", f"{'a' 'b'}{ {1: 2}[1] }{y if (y := 1) else 0}", f"{x:{'>'}{w}}{x,}"
+texts += f"""several
+{x
+ + 1} lines {x:%H:%M{w}}""",
+hint: int = 3
+match a:
+    case {"k": int(v) as u, **rest} if u > 1: pass
+    case [1, *others] | (2, others): pass
+    case None | True | -1 | 1+2j | "s" "t": pass
+    case p.sep: pass
+    case sibling.Point(x=0, y=[]): pass
+    case _: pass
+@dataclass(frozen=True)
+class A(object, metaclass=type):
+    "doc"
+    f: int = 3
+    def m(self, a: int, /, b: str = "x", *c: int, d: bool = False, e, **k: float) -> None:
+        "doc"
+        found = [*c, *(i async for i in g() if i)] if a else {**k, "x": 1}
+        del found[1:2, ::3], a
+        return (z := b) or (lambda p, /, q=1, *r, s, **t: p @ q // 2 ** -3 % +4 << ~5)
+async def g():
+    async with o as p, q: await z
+    async for i in y: yield i
+    else: pass
+    return_ = [i async for i in y]
+def h(x, *, y=None):
+    global hint
+    def inner():
+        nonlocal x
+        x: "text" = 3
+    try: raise ValueError from e
+    except (A, B) as e: pass
+    except C: ...
+    else: assert x, "m"
+    finally: x[1] += 1; x.y |= 2
+    while not x < 1 <= 2 != 3 is not 4 not in 5 in 6 is 7 == 8 > 9 >= 10: continue
+    else: return
+    for i, *j in x:
+        if i: break
+        elif j and x or y: yield i
+        else: yield
+    with (a as b, c): x = yield from x
+    return {i: j for i, j in x if i if j}, {*x}, {i for i in x}, print(*x, **y, k=1), x[..., None]
+'''
+
+
+def pythons():
+    "The Python interpreters of this machine, from 3.10 on, one of each version."
+    paths = [sys.executable]
+    paths += [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
+    paths += sorted(Path.home().glob(".pyenv/versions/3.1[0-9].*/bin/python"))
+    ask = "import sys; print(*sys.version_info[:2], sep='.')"
+    versions = {}
+    for path in filter(None, paths):
+        asked = subprocess.run([path, "-c", ask], capture_output=True, text=True)
+        if asked.returncode == 0:  # a shim of pyenv may lead nowhere
+            versions.setdefault(asked.stdout.strip(), path)
+    return versions
+
+
+def test_every_python_gives_the_same_digest():
+    code = "import sys; from vqstudy.cells import code_digest; print(code_digest(sys.stdin.read()))"
+    env = dict(os.environ, PYTHONUTF8="1", PYTHONPATH=str(ROOT))
+    env.pop("PYTHONHOME", None)
+    digests = {}
+    for version, path in pythons().items():
+        asked = subprocess.run(
+            [path, "-c", code], input=GOLDEN, capture_output=True, env=env, encoding="utf-8"
+        )
+        digests[version] = asked.stdout.strip() or asked.stderr
+    golden = "7583b625199ba6176ab32e3646d1de03cc2fe0dc15ab770ce3879f684a7873b3"
+    assert digests == dict.fromkeys(digests, golden)
 
 
 def test_fingerprint_sees_code_and_nothing_else(project):
-    path, before = project / "nbs/runs/walk.ipynb", cells.fingerprint("walk")
-    notebook(
-        path,
-        PARAMETERS,
-        "from vqstudy.toy import walk",
-        outputs=[dict(output_type="stream", name="stdout", text="ran")],
-    )
-    os.utime(project / "vqstudy/toy.py", (0, 0))
+    path = project / "nbs/runs/walk.ipynb"
+    toy = project / "vqstudy/toy.py"
+    before = cells.fingerprint("walk")
+    shown = [nbformat.v4.new_output("stream", text="ran")]
+    notebook(path, PARAMETERS, USES_TOY + "  # of a toy", outputs=shown)
+    os.utime(toy, (0, 0))
+    toy.write_text('"A toy."\n\ndef walk() -> None:\n    pass\n')
     (project / "vqstudy/unused.py").write_text("x = 1")
     assert cells.fingerprint("walk") == before
-    notebook(path, PARAMETERS, "from vqstudy.toy import walk  # changed")
-    assert cells.fingerprint("walk") != before
-    (project / "vqstudy/toy.py").write_text("def walk(:")
+    notebook(path, PARAMETERS, "", USES_TOY)
+    assert cells.fingerprint("walk") == before, "an empty cell"
+    notebook(path, PARAMETERS, "%matplotlib inline", USES_TOY)
+    assert cells.fingerprint("walk") != before, "a magic"
+    notebook(path, PARAMETERS.replace("steps: int = 3", "steps: int = 4"), USES_TOY)
+    assert cells.fingerprint("walk") != before, "a default"
+    notebook(path, PARAMETERS, USES_TOY)
+    toy.write_text("def walk(): return 1")
+    assert cells.fingerprint("walk") != before, "a module"
+    toy.write_text("def walk(:")
     with pytest.raises(ValueError, match="does not parse"):
         cells.fingerprint("walk")
 
 
-@pytest.mark.parametrize(
-    "sweep, why",
-    [
-        ("[]", "wants a mapping"),
-        ("{notebook: walk", "no YAML"),
-        ("{notebook: walk, scales: {tiny: {}}}", "unknown scale tiny"),
-        ("{notebook: walk, scales: {desk: {girds: {}}}}", "unknown key 'girds'"),
-        ("{notebook: walk, grid: {seed: 1}, scales: {desk: {}}}", "wants a list"),
-        ("{notebook: walk, fixed: {seed: 1}, seeds: [1], scales: {desk: {}}}", "name it once"),
-        ("{notebook: walk, seeds: 3, scales: {desk: {}}}", "wants list"),
-        ("{notebook: walk, grid: 3, scales: {desk: {}}}", "grid is 3, wants dict or list"),
-        ("{notebook: walk, grid: [3], scales: {desk: {}}}", "wants a mapping or a list"),
-        ("{notebook: walk, grid: [], scales: {desk: {}}}", "wants a mapping or a list"),
-        (
-            "{notebook: walk, scales: {desk: {grid: [{steps: [1]}, [2]]}}}",
-            "scale desk: grid is .* list of mappings",
-        ),
-        (
-            "{notebook: walk, grid: [{steps: [1]}, {steps: [2]}], scales: {desk: {grid: [{lr: [0.5]}, {lr: [1.5]}]}}}",
-            "both list several grids",
-        ),
-        (
-            "{notebook: walk, grid: [{steps: [1]}, {steps: [1]}], scales: {desk: {}}}",
-            "listed twice",
-        ),
-        ("{notebook: nowhere, scales: {desk: {}}}", "there is no nbs/runs/nowhere.ipynb"),
-    ],
-)
+def test_rows_of_older_code_are_stale_and_stay(project):
+    planned = cells.plan("walks", "desk")
+    run(planned[0], 0.1)
+    run(planned[1], 0.2, code="of a textual hash")
+    records.collect("walks", "desk")
+    states = ["current", "stale", "missing", "missing"]
+    assert list(records.in_results(planned).values()) == states
+    lines = study.overview(["walks"], "desk", missing=True).splitlines()[1:5]
+    assert [line.split()[2] for line in lines] == states
+    assert "3 of 4 cells would run" in study.overview(["walks"], "desk", missing=True)
+    assert list(records.results("walks", "desk")["metric"]) == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("name", cells.sweeps("desk"))
+def test_committed_rows_are_read_and_the_dry_run_tells_how_old_they_are(name):
+    if not (records.results_folder("desk") / f"{name}.csv").is_file():
+        pytest.skip("not measured yet")
+    planned = cells.plan(name, "desk")
+    rows = records.results(name, "desk").set_index("cell")
+    states = records.in_results(planned)
+    for cell in planned:
+        if cell.id not in rows.index:
+            assert states[cell.id] == "missing"
+            continue
+        row = rows.loc[cell.id]
+        kept = "current" if row["fingerprint"] == cell.fingerprint else "stale"
+        assert states[cell.id] == ("missing" if row["status"] == "failed" else kept)
+
+
+# ---- plans ----
+
+SEVERAL = "grid: [{steps: [1]}, {steps: [2]}]"
+WRONG_SWEEPS = [
+    ("[]", "wants a mapping"),
+    ("{notebook: walk", "no YAML"),
+    ("{notebook: walk, scales: {tiny: {}}}", "unknown scale tiny"),
+    ("{notebook: walk, scales: {desk: {girds: {}}}}", "unknown key 'girds'"),
+    ("{notebook: walk, grid: {seed: 1}, scales: {desk: {}}}", "wants a list"),
+    ("{notebook: walk, fixed: {seed: 1}, seeds: [1], scales: {desk: {}}}", "name it once"),
+    ("{notebook: walk, seeds: 3, scales: {desk: {}}}", "wants list"),
+    ("{notebook: walk, grid: 3, scales: {desk: {}}}", "grid is 3, wants dict or list"),
+    ("{notebook: walk, grid: [3], scales: {desk: {}}}", "wants a mapping or a list"),
+    ("{notebook: walk, grid: [], scales: {desk: {}}}", "wants a mapping or a list"),
+    ("{notebook: walk, scales: {desk: {grid: [{steps: [1]}, [2]]}}}", "desk: grid is .* mappings"),
+    (f"{{notebook: walk, {SEVERAL}, scales: {{desk: {{{SEVERAL}}}}}}}", "both list several grids"),
+    ("{notebook: walk, grid: [{lr: [1.0]}, {lr: [1.0]}], scales: {desk: {}}}", "listed twice"),
+    ("{notebook: nowhere, scales: {desk: {}}}", "there is no nbs/runs/nowhere.ipynb"),
+]
+
+
+@pytest.mark.parametrize("sweep, why", WRONG_SWEEPS)
 def test_wrong_sweeps_are_refused(project, sweep, why):
     (project / "nbs/sweeps/wrong.yaml").write_text(sweep)
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match="wrong.yaml.*" + why):
         cells.plan("wrong", "desk")
 
 
+def values(name, scale, *keys):
+    return [tuple(cell.parameters[key] for key in keys) for cell in cells.plan(name, scale)]
+
+
+def test_several_grids_of_a_scale_follow_one_another(project):
+    (project / "nbs/sweeps/grids.yaml").write_text("""
+notebook: walk
+fixed: {lr: 0.5}
+grid: {method: [a, b, c]}
+seeds: [0, 1]
+scales:
+  desk: {grid: [{method: [a]}, {method: [b, c], lr: [2.0]}]}
+  gpu: {fixed: {steps: 9}}
+""")
+    a, b, c = ("a", 0.5), ("b", 2.0), ("c", 2.0)
+    desk = [(*each, seed) for each in (a, b, c) for seed in (0, 1)]
+    assert values("grids", "desk", "method", "lr", "seed") == desk
+    assert values("grids", "gpu", "method", "lr", "steps") == [(m, 0.5, 9) for m in "aabbcc"]
+
+
+def test_several_grids_of_a_sweep_follow_one_another(project):
+    (project / "nbs/sweeps/grids.yaml").write_text("""
+notebook: walk
+grid: [{method: [a]}, {method: [b], lr: [2.0]}]
+scales:
+  desk: {grid: {steps: [4, 5]}}
+  gpu: {fixed: {lr: 7.0}}
+""")
+    desk = [("a", 0.1, 4), ("a", 0.1, 5), ("b", 2.0, 4), ("b", 2.0, 5)]
+    assert values("grids", "desk", "method", "lr", "steps") == desk
+    assert values("grids", "gpu", "method", "lr") == [("a", 7.0), ("b", 7.0)]
+
+
+# ---- records and tables ----
+
+
 def test_a_record_is_whole_or_absent(project):
     cell = cells.plan("walks", "desk")[0]
+    newer = replace(cell, fingerprint="new")
+    path = cell.folder / "record.json"
     assert records.state(cell) == "missing"
-    leave(cell, 0.5)
-    text = (cell.folder / "record.json").read_text()
+    run(cell, 0.5)
+    text = path.read_text()
     assert records.state(cell) == "done" and json.loads(text)["metrics"] == dict(metric=0.5)
     for content in (text[:100], "[]", "{}", text.replace(cell.id, "walk-other")):
-        (cell.folder / "record.json").write_text(content)
+        path.write_text(content)
         assert records.state(cell) == "missing"
-    (cell.folder / "record.json").write_text(text)
-    assert records.state(replace(cell, fingerprint="new")) == "stale"
-    leave(cell, 0, "failed")
-    assert (
-        records.state(cell) == "done"
-        and records.state(replace(cell, fingerprint="new")) == "failed"
-    )
+    path.write_text(text)
+    assert records.state(newer) == "stale"
+    run(cell, 0, "failed")
+    assert (records.state(cell), records.state(newer)) == ("done", "failed")
+
+
+def test_keys_of_a_record_and_of_its_row(project):
+    cell = cells.plan("walks", "desk")[0]
+    run(cell, 0.5)
+    record = json.loads((cell.folder / "record.json").read_text())
+    assert list(record) == ["cell", "cost", "metrics", "parameters", "provenance", "status"]
+    past = records.provenance("walk", records.now())
+    code = ["fingerprint", "notebook", "commit", "dirty", "versions"]
+    assert list(past) == [*code, "device", "threads", "sweep", "scale", "started", "finished"]
 
 
 def test_values_that_are_not_finite(project):
     cell = cells.plan("walks", "desk")[0]
-    leave(cell, float("nan"), "diverged")
+    run(cell, float("nan"), "diverged")
     assert json.loads((cell.folder / "record.json").read_text())["metrics"] == dict(metric=None)
     records.collect("walks", "desk")
     row = records.results("walks", "desk").iloc[0]
     assert np.isnan(row["metric"]) and row["status"] == "diverged"
 
 
-events = st.lists(
-    st.tuples(
-        st.integers(0, 3),
-        st.sampled_from(["done", "failed", "diverged", "older"]),
-        st.sampled_from(["desk", "gpu"]),
-    ),
-    min_size=1,
-    max_size=8,
-)
+STATUS = ["done", "failed", "diverged", "older"]
+RANK = dict(failed=0, older=1, done=2, diverged=2)
+events = st.tuples(st.integers(0, 3), st.sampled_from(STATUS), st.sampled_from(["desk", "gpu"]))
+every_change = ("failed", "older", "older", "done", "older", "failed", "diverged")
 
 
-@given(events)
-@example(
-    [
-        (0, status, "desk")
-        for status in ("failed", "older", "older", "done", "older", "failed", "diverged")
-    ]
-)
+def contents(table):
+    return {path: path.read_bytes() for path in table.parent.rglob("*.*")}
+
+
+@given(st.lists(events, min_size=1, max_size=8))
+@example([(0, status, "desk") for status in every_change])
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_collect_loses_nothing_and_is_repeatable(project, events):
-    import shutil
-
     shutil.rmtree(project / "data", ignore_errors=True)
     expected = {}
     for position, (index, status, scale) in enumerate(events):
         planned = cells.plan("walks", scale)
         cell = planned[index % len(planned)]
-        leave(
-            cell,
-            position / 7,
-            "done" if status == "older" else status,
-            "older" if status == "older" else None,
-        )
+        if status == "older":
+            run(cell, position / 7, code="older")
+        else:
+            run(cell, position / 7, status)
         table = records.collect("walks", scale)
         shutil.rmtree(cell.folder.parent)
         have = expected.get((scale, cell.id))
-        rank = dict(failed=0, older=1, done=2, diverged=2)
-        if have is None or rank[status] >= rank[have[0]]:
+        if have is None or RANK[status] >= RANK[have[0]]:
             expected[scale, cell.id] = status, "" if status == "failed" else str(position / 7)
-        files = {path: path.read_bytes() for path in table.parent.rglob("*.*")}
+        files = contents(table)
         records.collect("walks", scale)
-        assert files == {path: path.read_bytes() for path in table.parent.rglob("*.*")}
-    rows = {(row["scale"], row["cell"]): row for row in records.read_table(table)}
-    assert {
-        key: (row["status"] if row["fingerprint"] != "older" else "older", row.get("metric", ""))
-        for key, row in rows.items()
-    } == expected
+        assert files == contents(table)
+    rows = records.read_table(table)
+    known = {}
+    for row in rows:
+        status = "older" if row["fingerprint"] == "older" else row["status"]
+        known[row["scale"], row["cell"]] = status, row.get("metric", "")
+    assert known == expected
     provenance = json.loads(table.with_suffix(".json").read_text())["cells"]
-    assert {(scale, cell) for scale, known in provenance.items() for cell in known} == set(expected)
-    assert records.read_table(table)[0].keys() >= {*records.IDENTITY, "lr", "steps", "fingerprint"}
+    assert {(scale, cell) for scale in provenance for cell in provenance[scale]} == set(expected)
+    assert rows[0].keys() >= {*records.IDENTITY, "lr", "steps", "fingerprint"}
 
 
 def test_columns_and_order(project):
     for cell in cells.plan("walks", "desk"):
-        leave(cell, 0.1)
+        run(cell, 0.1)
     header, *lines = records.collect("walks", "desk").read_text().splitlines()
-    assert (
-        header
-        == "cell,sweep,scale,dataset,method,seed,status,lr,steps,taps,tuned,metric,seconds,fingerprint"
-    )
-    assert [line.split(",")[4:7] for line in lines] == [
-        ["a", "0", "done"],
-        ["a", "1", "done"],
-        ["b", "0", "done"],
-        ["b", "1", "done"],
-    ]
-    assert list(records.histories("walks", "desk").columns) == [
-        "cell",
-        "scale",
-        "epoch",
-        "loss",
-        "extra",
-    ]
+    identity = "cell,sweep,scale,dataset,method,seed,status"
+    assert header == identity + ",lr,steps,taps,tuned,metric,seconds,fingerprint"
+    order = [["a", "0"], ["a", "1"], ["b", "0"], ["b", "1"]]
+    assert [line.split(",")[4:7] for line in lines] == [[*each, "done"] for each in order]
+    columns = ["cell", "scale", "epoch", "loss", "extra"]
+    assert list(records.histories("walks", "desk").columns) == columns
     assert not records.samples("walks", "desk")  # no figure would show them
 
 
-def test_pictures_are_kept_for_figures(project):
+@pytest.fixture
+def figured(project):
+    "The sweep of a figure, its cells run and collected."
     sweep = project / "nbs/sweeps/walks.yaml"
-    sweep.write_text(sweep.read_text().replace("grid: {", "figures: [walks], grid: {"))
+    sweep.write_text(sweep.read_text() + "figures: [walks]\n")
     for cell in cells.plan("walks", "desk"):
-        leave(cell, 0.1)
+        run(cell, 0.1)
     records.collect("walks", "desk")
+    return sweep
+
+
+def test_pictures_are_kept_for_figures(figured):
     pictures = records.samples("walks", "desk")
-    assert set(pictures) == {("", "a"), ("", "b")} and all(
-        path.read_bytes()[:4] == b"\x89PNG" for path in pictures.values()
-    )
+    assert set(pictures) == {("", "a"), ("", "b")}
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures.values())
 
 
-@pytest.mark.parametrize(
-    "lr", [0.2, 0.3, 0.4, 0.5]
-)  # some of the new names sort before the old, some after
-def test_the_picture_of_a_cell_no_longer_planned_gives_way(project, lr):
-    sweep = project / "nbs/sweeps/walks.yaml"
-    sweep.write_text(sweep.read_text().replace("grid: {", "figures: [walks], grid: {"))
-    for cell in cells.plan("walks", "desk"):
-        leave(cell, 0.1)
-    records.collect("walks", "desk")
-    sweep.write_text(sweep.read_text().replace("grid: {", f"fixed: {{lr: {lr}}}, grid: {{"))
-    planned = cells.plan("walks", "desk")
-    for cell in planned:
-        leave(cell, 0.2)
-    kept = json.loads(records.collect("walks", "desk").with_suffix(".json").read_text())["samples"]
-    assert sorted(note["rank"][1] for note in kept.values()) == sorted(
-        cell.id for cell in planned if cell.parameters["seed"] == 0
-    )
+def test_the_picture_of_a_cell_no_longer_planned_gives_way(figured):
+    text = figured.read_text()
+    for lr in (0.2, 0.3, 0.4, 0.5):  # some of the new names sort before the old, some after
+        figured.write_text(text + f"fixed: {{lr: {lr}}}\n")
+        planned = cells.plan("walks", "desk")
+        for cell in planned:
+            run(cell, 0.2)
+        table = records.collect("walks", "desk")
+        kept = json.loads(table.with_suffix(".json").read_text())["samples"]
+        lowest = sorted(cell.id for cell in planned if cell.parameters["seed"] == 0)
+        assert sorted(note["rank"][1] for note in kept.values()) == lowest
+
+
+# ---- what a study would do ----
 
 
 def test_what_a_study_would_do(project):
     planned = cells.plan("walks", "desk")
     for cell in planned[:2]:
-        leave(cell, 0.1)
+        run(cell, 0.1)
     records.collect("walks", "desk")
     (planned[0].folder / "record.json").unlink()
-    assert [cell.id for cell in study.todo(["walks"], "desk")[0]] == [
-        planned[i].id for i in (0, 2, 3)
-    ]
-    assert [cell.id for cell in study.todo(["walks"], "desk", missing=True)[0]] == [
-        planned[i].id for i in (2, 3)
-    ]
+    everything, _, _ = study.todo(["walks"], "desk")
+    missing, _, _ = study.todo(["walks"], "desk", missing=True)
+    assert [cell.id for cell in everything] == [planned[i].id for i in (0, 2, 3)]
+    assert [cell.id for cell in missing] == [planned[i].id for i in (2, 3)]
     with pytest.raises(ValueError, match="allowed: smoke, desk, gpu, paper"):
         study.chosen("", "tiny")
     assert study.chosen("", "desk") == ["walks"] and study.chosen("a, b", "desk") == ["a", "b"]
 
 
+def test_predicted_time_is_that_of_the_method_then_of_the_sweep(project):
+    planned = cells.plan("walks", "desk")  # a 0, a 1, b 0, b 1
+    assert study.predicted(planned) == {cell.id: None for cell in planned}
+    assert study.forecast(planned, ["walks"], "desk") == "predicted machine time: unknown"
+    leave(planned[0], {}, code="older", seconds=60)
+    leave(planned[2], {}, "diverged", "older", seconds=1)
+    assert list(study.predicted(planned).values()) == [60, 60, 60, 60]
+    records.collect("walks", "desk")
+    leave(planned[2], {}, code="older", seconds=240)
+    (planned[0].folder / "record.json").unlink()  # the results remember it
+    assert list(study.predicted(planned).values()) == [60, 60, 240, 240]
+
+
+def test_forecast_adds_up_and_names_what_is_unknown(project):
+    planned = cells.plan("walks", "desk")
+    leave(planned[0], {}, seconds=60)
+    leave(planned[2], {}, seconds=240)
+    cores = os.cpu_count()
+    expected = f"{9 / cores:.1f} min (9.0 min summed over {cores} cores)"
+    shown = study.forecast(planned[1:], ["walks"], "desk")
+    assert shown == f"predicted machine time: {expected}"
+    others = "{notebook: walk, fixed: {steps: 8}, scales: {desk: {}}}"
+    (project / "nbs/sweeps/others.yaml").write_text(others)
+    both = planned + cells.plan("others", "desk")
+    total, walks, others = study.forecast(both, ["walks", "others"], "desk").splitlines()
+    assert "10.0 min summed" in total and total.endswith("and 1 cells unknown")
+    assert others == "  others: 1 cells, unknown"
+
+
 def test_two_holders_of_a_lock(project):
     path = project / "lock"
-    code = "import sys; from pathlib import Path; from vqstudy.records import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdin=-1, stdout=-1, text=True, cwd=ROOT
-    )
+    code = """import sys
+from pathlib import Path
+from vqstudy.records import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()"""
+    command = [sys.executable, "-c", code, str(path)]
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(TimeoutError, match="another process holds lock"):
         with records.locked(path, 0.2):
@@ -359,12 +584,10 @@ def test_two_holders_of_a_lock(project):
 
 def test_checkpoint_belongs_to_cell_and_code(project, monkeypatch):
     monkeypatch.chdir(project)
-    first, other = study.Run("walk", dict(seed=1)), study.Run("walk", dict(seed=2, out="here"))
-    assert (
-        first.checkpoint.name != other.checkpoint.name
-        and other.out == Path("here")
-        and first.out == Path(f"data/runs/single/{first.cell}")
-    )
+    first = study.Run("walk", dict(seed=1))
+    other = study.Run("walk", dict(seed=2, out="elsewhere"))
+    assert first.checkpoint.name != other.checkpoint.name
+    assert (first.out, other.out) == (Path(f"data/runs/single/{first.cell}"), Path("elsewhere"))
     (project / "vqstudy/toy.py").write_text("def walk(): return 1")
     assert study.Run("walk", dict(seed=1)).checkpoint != first.checkpoint
     assert first.deadline is None and first.parameters["seed"] == 1
@@ -373,119 +596,48 @@ def test_checkpoint_belongs_to_cell_and_code(project, monkeypatch):
 
 
 def test_command_line_starts_light():
-    code = "import sys; import vqstudy.study; print([m for m in ('torch', 'pandas', 'papermill', 'numpy', 'psutil', 'yaml') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
-        ).stdout
-        == "[]\n"
-    )
+    heavy = ("torch", "pandas", "papermill", "numpy", "psutil", "yaml")
+    code = f"import sys; import vqstudy.study; print([m for m in {heavy} if m in sys.modules])"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
-def values(name, scale, *keys):
-    return [tuple(cell.parameters[key] for key in keys) for cell in cells.plan(name, scale)]
+# ---- tuning ----
+
+TRIES = """
+notebook: walk
+metric: metric
+grid: [{method: [a, b], steps: [1, 2]}, {method: [c], lr: [1.0, 2.0]}]
+seeds: [7, 8]
+scales: {desk: {}}
+"""
 
 
-def test_several_grids_follow_one_another(project):
-    write = lambda text: (project / "nbs/sweeps/grids.yaml").write_text(text)
-    write(
-        "{notebook: walk, fixed: {lr: 0.5}, grid: {method: [a, b, c]}, seeds: [0, 1], scales: {desk: {grid: [{method: [a]}, {method: [b, c], lr: [2.0]}]}, gpu: {fixed: {steps: 9}}}}"
-    )
-    assert values("grids", "desk", "method", "lr", "seed") == [
-        ("a", 0.5, 0),
-        ("a", 0.5, 1),
-        ("b", 2.0, 0),
-        ("b", 2.0, 1),
-        ("c", 2.0, 0),
-        ("c", 2.0, 1),
-    ]
-    assert values("grids", "gpu", "method", "lr", "steps") == [
-        (method, 0.5, 9) for method in "aabbcc"
-    ]
-    write(
-        "{notebook: walk, grid: [{method: [a]}, {method: [b], lr: [2.0]}], scales: {desk: {grid: {steps: [4, 5]}}, gpu: {fixed: {lr: 7.0}}}}"
-    )
-    assert values("grids", "desk", "method", "lr", "steps") == [
-        ("a", 0.1, 4),
-        ("a", 0.1, 5),
-        ("b", 2.0, 4),
-        ("b", 2.0, 5),
-    ]
-    assert values("grids", "gpu", "method", "lr") == [("a", 7.0), ("b", 7.0)]
-
-
-def test_predicted_time_is_that_of_the_method_then_of_the_sweep(project):
-    def leave_seconds(cell, seconds, status="done"):
-        records.save_record(
-            cell.folder,
-            records.make_record(
-                cell.id,
-                cell.parameters,
-                dict(fingerprint="older"),
-                status,
-                cost=dict(seconds=seconds),
-            ),
-        )
-
-    planned = cells.plan("walks", "desk")  # a 0, a 1, b 0, b 1
-    assert study.predicted(planned) == {cell.id: None for cell in planned}
-    assert study.forecast(planned, ["walks"], "desk") == "predicted machine time: unknown"
-    leave_seconds(planned[0], 60)
-    leave_seconds(planned[2], 1, "diverged")
-    assert list(study.predicted(planned).values()) == [60, 60, 60, 60]
-    records.collect("walks", "desk")
-    leave_seconds(planned[2], 240)
-    (planned[0].folder / "record.json").unlink()  # the results remember it
-    assert list(study.predicted(planned).values()) == [60, 60, 240, 240]
-    cores = os.cpu_count()
-    assert (
-        study.forecast(planned[1:], ["walks"], "desk")
-        == f"predicted machine time: {9 / cores:.1f} min (9.0 min summed over {cores} cores)"
-    )
-    (project / "nbs/sweeps/others.yaml").write_text(
-        "{notebook: walk, fixed: {steps: 8}, scales: {desk: {}}}"
-    )
-    said = study.forecast(
-        planned + cells.plan("others", "desk"), ["walks", "others"], "desk"
-    ).splitlines()
-    assert (
-        "10.0 min summed" in said[0]
-        and said[0].endswith("and 1 cells unknown")
-        and said[2] == "  others: 1 cells, unknown"
-    )
-
-
-def trials(
-    project,
-    found,
-    sweep="{notebook: walk, metric: metric, grid: [{method: [a, b], steps: [1, 2]}, {method: [c], lr: [1.0, 2.0]}], seeds: [7, 8], scales: {desk: {}}}",
-):
+def tried(project, runs, sweep=TRIES):
+    "What is chosen after runs with these metrics and ends, in the order of the plan."
     (project / "nbs/sweeps/tries.yaml").write_text(sweep)
-    for cell, (metric, status) in zip(cells.plan("tries", "desk"), found):
-        leave(cell, metric, status)
+    for cell, (metric, status) in zip(cells.plan("tries", "desk"), runs):
+        run(cell, metric, status)
     records.collect("tries", "desk")
     return tuning.choice("tries", "desk")
 
 
 def test_choice_takes_the_least_mean_over_seeds_and_nothing_that_diverged(project):
     ok = [(metric, "done") for metric in (1, 9, 4, 4, 3, 3, 2, 2)]
-    assert trials(project, [*ok, (1, "diverged"), (1, "done"), (7, "done"), (8, "done")]) == dict(
-        a=dict(steps=2), b=dict(steps=2), c=dict(lr=2.0)
-    )
-    assert (
-        tuning.declared(tuning.choice("tries", "desk"))
-        == '- {"method": ["a", "b"], "steps": [2]}\n- {"method": ["c"], "lr": [2.0]}'
-    )
+    one_lost = [(1, "diverged"), (1, "done"), (7, "done"), (8, "done")]
+    chosen = tried(project, ok + one_lost)
+    assert chosen == dict(a=dict(steps=2), b=dict(steps=2), c=dict(lr=2.0))
+    a_and_b, c = tuning.declared(chosen).splitlines()
+    assert a_and_b == '- {"method": ["a", "b"], "steps": [2]}'
+    assert c == '- {"method": ["c"], "lr": [2.0]}'
 
 
 def test_choice_refuses_what_is_not_whole_or_not_equal(project):
     with pytest.raises(ValueError, match="7 of 12 trials are not in the results"):
-        trials(project, [(1, "done")] * 5)
+        tried(project, [(1, "done")] * 5)
     with pytest.raises(ValueError, match="no trial ended well of c"):
-        trials(project, [(1, "done")] * 8 + [(1, "failed")] * 4)
+        tried(project, [(1, "done")] * 8 + [(1, "failed")] * 4)
+    grid = "[{method: [a], steps: [1, 2]}, {method: [b]}]"
+    sweep = f"{{notebook: walk, metric: metric, grid: {grid}, scales: {{desk: {{}}}}}}"
     with pytest.raises(ValueError, match="different numbers of trials: {'a': 2, 'b': 1}"):
-        trials(
-            project,
-            [(1, "done")] * 3,
-            "{notebook: walk, metric: metric, grid: [{method: [a], steps: [1, 2]}, {method: [b]}], scales: {desk: {}}}",
-        )
+        tried(project, [(1, "done")] * 3, sweep)

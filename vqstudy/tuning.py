@@ -13,68 +13,64 @@ from .cells import Cell, plan
 from .records import read_table, results_folder, text
 
 # %% ../nbs/lib/10c_tuning.ipynb #e13b84f2
+def _score(row: dict[str, str], metric: str) -> float:
+    "The metric of a row; infinite where it failed or diverged."
+    return float(row[metric]) if row["status"] == "done" and row[metric] else float("inf")
+
+
 def _trials(
     cells: list[Cell], rows: dict[str, dict[str, str]]
 ) -> list[tuple[float, dict[str, Any]]]:
-    "Mean metric over seeds (infinite where one failed or diverged) and setting of every trial of one method."
-    varies = [
-        name
-        for name in cells[0].parameters
-        if name != "seed" and len({text(cell.parameters[name]) for cell in cells}) > 1
-    ]
+    "Mean metric over seeds and setting of every trial of one method."
+    values: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, value in cell.parameters.items():
+            values.setdefault(name, set()).add(text(value))
+    varies = [name for name in values if name != "seed" and len(values[name]) > 1]
+    settings: dict[str, dict[str, Any]] = {}
     scores: dict[str, list[float]] = {}
-    settings = {}
     for cell in cells:
         setting = {name: cell.parameters[name] for name in varies}
-        row, key = rows[cell.id], json.dumps(setting)
-        scores.setdefault(key, []).append(
-            float(row[cell.metric])
-            if row["status"] == "done" and row[cell.metric]
-            else float("inf")
-        )
+        key = json.dumps(setting)
         settings[key] = setting
+        scores.setdefault(key, []).append(_score(rows[cell.id], cell.metric))
     return [(fmean(scores[key]), settings[key]) for key in settings]
 
 # %% ../nbs/lib/10c_tuning.ipynb #bca2a1bc
 def choice(name: str, scale: str) -> dict[str, dict[str, Any]]:
-    """By method, the setting with the least metric of a tuning sweep, by its table in the results: the values of whatever varies within the method.
+    """By method, the best setting of a tuning sweep, by its table in the results.
 
-    Raises ValueError for trials without a row, for methods with different numbers of trials, and for a method of which no trial ended well.
+    A setting holds the values of whatever varies within the method.
+    Raises ValueError for trials without a row, for methods with different numbers of trials, and
+    for a method of which no trial ended well.
     """
     planned = plan(name, scale)
-    rows = {
-        row["cell"]: row
-        for row in read_table(results_folder(scale) / f"{name}.csv")
-        if row["scale"] == scale
-    }
+    table = read_table(results_folder(scale) / f"{name}.csv")
+    rows = {row["cell"]: row for row in table if row["scale"] == scale}
+    where = f"{name}, scale {scale}"
     missing = sum(cell.id not in rows for cell in planned)
     if missing:
-        raise ValueError(
-            f"{name}, scale {scale}: {missing} of {len(planned)} trials are not in the results; `make study SCALE={scale} SWEEP={name}` runs them"
-        )
-    methods = dict.fromkeys(cell.parameters["method"] for cell in planned)
-    trials = {
-        method: _trials([cell for cell in planned if cell.parameters["method"] == method], rows)
-        for method in methods
-    }
-    if len({len(tried) for tried in trials.values()}) > 1:
-        raise ValueError(
-            f"{name}, scale {scale}: methods have different numbers of trials: { {m: len(t) for m, t in trials.items()} }"
-        )
+        lack = f"{missing} of {len(planned)} trials are not in the results"
+        raise ValueError(f"{where}: {lack}; `make study SCALE={scale} SWEEP={name}` runs them")
+    trials = {}
+    for method in dict.fromkeys(cell.parameters["method"] for cell in planned):
+        mine = [cell for cell in planned if cell.parameters["method"] == method]
+        trials[method] = _trials(mine, rows)
+    counts = {method: len(tried) for method, tried in trials.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{where}: methods have different numbers of trials: {counts}")
     best = {method: min(tried, key=lambda trial: trial[0]) for method, tried in trials.items()}
-    if lost := [method for method, (score, _) in best.items() if score == float("inf")]:
-        raise ValueError(f"{name}, scale {scale}: no trial ended well of {', '.join(lost)}")
+    lost = [method for method, (score, _) in best.items() if score == float("inf")]
+    if lost:
+        raise ValueError(f"{where}: no trial ended well of {', '.join(lost)}")
     return {method: setting for method, (_, setting) in best.items()}
 
 # %% ../nbs/lib/10c_tuning.ipynb #1b329323
 def declared(choices: dict[str, dict[str, Any]]) -> str:
-    "Choices as the grids of a sweep's YAML: methods with equal settings together, a line each."
+    "Choices as the grids of a sweep's YAML, one per line: methods with equal settings together."
     groups: dict[str, list[str]] = {}
     for method, setting in choices.items():
-        groups.setdefault(
-            json.dumps({name: [value] for name, value in setting.items()}), []
-        ).append(method)
-    return "\n".join(
-        f"- {json.dumps({'method': methods} | json.loads(setting))}"
-        for setting, methods in groups.items()
-    )
+        grid = json.dumps({name: [value] for name, value in setting.items()})
+        groups.setdefault(grid, []).append(method)
+    grids = [{"method": methods} | json.loads(grid) for grid, methods in groups.items()]
+    return "\n".join(f"- {json.dumps(grid)}" for grid in grids)
