@@ -4,7 +4,9 @@ What is committed: cleaning, exporting and writing README.md change no file; no 
 of this machine; no notebook shows an error, a warning or such a path. The form: see form.py.
 """
 
-import hashlib, subprocess, sys
+import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 import nbformat

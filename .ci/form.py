@@ -121,7 +121,7 @@ def lists_for_nothing(code: Code) -> Iterator[str]:
     for node in ast.walk(tree):
         unread = isinstance(node, ast.Expr) and node is not shown
         if unread and isinstance(node.value, ast.ListComp):
-            yield f"{code.where}:{node.lineno}: a list comprehension that nobody reads: write a loop"
+            yield f"{code.where}:{node.lineno}: a list comprehension that nobody reads: a loop"
 
 
 def code_faults(code: Code, wide: bool = False) -> list[str]:

@@ -34,12 +34,12 @@ def is_skipped(cell: NotebookNode, skipped: set[str]) -> bool:
 
 
 def differences(where: str, committed: NotebookNode, shown: dict[int, bool]) -> list[str]:
-    "Cells that showed something when they were run (by number) and are committed without, or not."
+    "Cells that show something (by number) and are committed without it, or the other way round."
     found = []
     for number, now in shown.items():
         then = any(map(form.shows, committed.cells[number].outputs))
         if now and not then:
-            found.append(f"{where}[{number}]: shows something when run; the output is not committed")
+            found.append(f"{where}[{number}]: shows something, and its output is not committed")
         if then and not now:
             found.append(f"{where}[{number}]: has an output, and shows nothing when run")
     return found
@@ -47,8 +47,7 @@ def differences(where: str, committed: NotebookNode, shown: dict[int, bool]) -> 
 
 def run(path: Path, skipped: set[str]) -> tuple[list[str], float]:
     "Run one notebook in its folder, in this process; its faults and the seconds it took."
-    # as in a worker: imported late, since the shell is made for one process
-    from execnb.shell import CaptureShell
+    from execnb.shell import CaptureShell  # turns the process into a shell
 
     sys.path.insert(0, os.getcwd())
     committed, where = nbformat.read(path, as_version=4), str(path)
@@ -82,7 +81,8 @@ def main(names: list[str]) -> None:
     context.set_forkserver_preload(PRELOAD)
     found, begin = [], time.perf_counter()
     with ProcessPoolExecutor(WORKERS, context, max_tasks_per_child=1) as pool:
-        runs = {pool.submit(run, path, flags()): path for path in paths}
+        # the later chapters take longest: they come first
+        runs = {pool.submit(run, path, flags()): path for path in reversed(paths)}
         for done in as_completed(runs):
             try:
                 faults, seconds = done.result()
