@@ -23,9 +23,9 @@ $(VENV)/.ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study,dev]'
 	touch $@
 
-test: $(READY)  ## clean, export, diff, run the library notebooks, the smoke study (runs/ and figs/), then pytest
+test: $(READY)  ## clean, export, diff, form; run the library notebooks, the smoke study (runs/ and figs/), then pytest
 	$(BIN)python .ci/check.py
-	$(BIN)nbdev_test --path nbs/lib --n_workers 2 --timing
+	$(BIN)python .ci/outputs.py
 	$(MAKE) study SCALE=smoke SWEEP=
 	$(BIN)python -m pytest -n 2 --dist worksteal
 

@@ -1,4 +1,5 @@
 """Packaging reads everything from settings.ini, the one place nbdev reads it from as well."""
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
@@ -20,5 +21,5 @@ setup(
     packages=["vqstudy"],
     python_requires=f">={cfg['min_python']},<3.14",
     install_requires=cfg["requirements"].split(),
-    extras_require={"study": cfg["study_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("study", "dev")},
 )

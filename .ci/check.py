@@ -1,41 +1,80 @@
-"""Fail when cleaning or exporting the notebooks would change a file: what is committed is what the notebooks say."""
+"""Fail when what is committed is not what the notebooks say, or not in the form that we agreed on.
 
-import hashlib, subprocess, sys
+What is committed: cleaning, exporting and writing README.md change no file; no file names a path
+of this machine; no notebook shows an error, a warning or such a path. The form: see form.py.
+"""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+import nbformat
+import form
 
 BIN = Path(sys.executable).parent
 
 
-def contents() -> dict[str, str]:
-    "Every notebook and exported module, with the hash of its bytes."
-    files = [*Path("nbs").rglob("*.ipynb"), *Path("vqstudy").glob("*.py"), Path("README.md")]
-    return {
-        str(f): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in files
-        if ".ipynb_checkpoints" not in f.parts
-    }
+def files(*patterns: str) -> list[Path]:
+    "The files of this checkout that match, without the copies that Jupyter keeps."
+    found = sorted({path for pattern in patterns for path in Path().glob(pattern)})
+    return [path for path in found if ".ipynb_checkpoints" not in path.parts]
+
+
+def committed() -> list[Path]:
+    "Every notebook, every exported module, and the README."
+    return files("nbs/**/*.ipynb", "vqstudy/*.py", "README.md")
+
+
+def formed() -> list[Path]:
+    "What the rules of form hold for."
+    code = files("vqstudy/*.py", "tests/*.py", ".ci/*.py", "setup.py")
+    written = [path for path in code if path.name != "_modidx.py"]
+    return files("nbs/lib/*.ipynb", "nbs/runs/*.ipynb") + written
+
+
+def hashes() -> dict[str, str]:
+    "Each committed file with the hash of its bytes."
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in committed()}
 
 
 def tool(name: str) -> None:
     "Run one of nbdev's commands, from this environment where it has one."
-    here = BIN / name
-    subprocess.run([str(here) if here.exists() else name], check=True)
+    installed = BIN / name
+    subprocess.run([str(installed) if installed.exists() else name], check=True)
 
 
-before = contents()
-tool("nbdev_clean")
-tool("nbdev_export")
-subprocess.run([sys.executable, ".ci/readme.py"], check=True)
-after = contents()
-changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
-if changed:
-    sys.exit(
-        "not clean, not exported or README not written; look at the difference and commit it:\n  "
-        + "\n  ".join(changed)
-    )
-named = sorted(
-    f for f in after if str(Path.cwd()) in Path(f).read_text(encoding="utf-8")
-)  # a warning's place, say
-if named:
-    sys.exit("this machine's path stands in:\n  " + "\n  ".join(named))
-print(f"{len(after)} files are clean and exported")
+def changed_files() -> Iterator[str]:
+    "Files that cleaning, exporting or writing the README changes."
+    before = hashes()
+    tool("nbdev_clean")
+    tool("nbdev_export")
+    subprocess.run([sys.executable, ".ci/readme.py"], check=True)
+    after = hashes()
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield f"{name}: was not clean, not exported or not written; commit the difference"
+
+
+def named_machine() -> Iterator[str]:
+    "Files that name this checkout's folder."
+    for path in committed():
+        if str(Path.cwd()) in path.read_text(encoding="utf-8"):
+            yield f"{path}: names this machine's path {Path.cwd()}"
+
+
+def shown_faults() -> Iterator[str]:
+    "What no notebook may show."
+    for path in files("nbs/**/*.ipynb"):
+        yield from form.output_faults(str(path), nbformat.read(path, as_version=4))
+
+
+def main() -> None:
+    found = [*changed_files(), *named_machine(), *shown_faults(), *form.faults(formed())]
+    if found:
+        sys.exit("\n".join(found) + f"\n{len(found)} faults")
+    print(f"{len(committed())} files are clean and exported, {len(formed())} have the agreed form")
+
+
+if __name__ == "__main__":
+    main()

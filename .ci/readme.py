@@ -1,22 +1,23 @@
-"""Write README.md from nbs/index.ipynb: its prose, its code, and the outputs that were stored when it was run."""
+"""Write README.md from nbs/index.ipynb: its prose, its code, and the outputs it was saved with."""
 
 from pathlib import Path
 import nbformat
+from nbformat import NotebookNode
 
 
-def output(cell) -> list[str]:
+def output(cell: NotebookNode) -> list[str]:
     "What a code cell showed: Markdown as it is, everything else as plain text."
     parts = []
-    for out in cell.outputs:
-        data = out.get("data", {})
-        text = data.get("text/markdown") or out.get("text") or data.get("text/plain") or ""
+    for shown in cell.outputs:
+        data = shown.get("data", {})
+        text = data.get("text/markdown") or shown.get("text") or data.get("text/plain") or ""
         text = "".join(text).strip()
         if text:
             parts.append(text if "text/markdown" in data else f"```\n{text}\n```")
     return parts
 
 
-def blocks(notebook) -> list[str]:
+def blocks(notebook: NotebookNode) -> list[str]:
     "The README's blocks; `#| hide` leaves a cell out, `#| output` leaves only what it showed."
     parts = []
     for cell in notebook.cells:
@@ -32,6 +33,6 @@ def blocks(notebook) -> list[str]:
 
 
 text = "\n\n".join(blocks(nbformat.read("nbs/index.ipynb", as_version=4)))
-Path("README.md").write_text(
-    text.replace("](../", "](").replace('src="../', 'src="') + "\n", encoding="utf-8"
-)
+# the notebook lies one folder deeper than README.md
+text = text.replace("](../", "](").replace('src="../', 'src="')
+Path("README.md").write_text(text + "\n", encoding="utf-8")

@@ -1,12 +1,22 @@
-"""Every number that the README and the figure notebooks state can be traced: to rows of `data/results`, to what a notebook shows, or to the document that it quotes."""
+"""Every number that the README and the figure notebooks state can be traced.
 
-import ast, json, math, re, tomllib
+Its source is a row of `data/results`, something a notebook shows, or the document it quotes.
+"""
+
+import ast
+import json
+import math
+import re
+import tomllib
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FIGURES = sorted((ROOT / "nbs/figs").glob("*.ipynb"))
 INDEX = ROOT / "nbs/index.ipynb"
+CLAIMS = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
 
 # What a figure notebook states of its document, its set-up or its time, and nobody measured here.
 QUOTED = {
@@ -18,167 +28,181 @@ QUOTED = {
     "kalomaze_fig_router_toy": {256},
     "ledger": {256},
 }
-NUMBER = re.compile(
-    r"(?<![\w.,])(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<frac>\.\d+)?(?P<exp>e-?\d+)?\s?(?P<percent>%)?"
-)
+# The same in the README: versions; numbers of codes, epochs, and the name of CIFAR-10.
+VERSIONS = {"3.11", "3.13", "2.0"}
+SET_UPS = {"8,192", "65,536", "1,024", "90", "10"}
+
+NOT_PROSE = r"```.*?```|`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>"  # code, formula, link, tag
 PLACE = r"[A-Z]?\.?[\d.]+"  # of a document: figure 7, section 4.3, A.10
+PLACED = r"figures?|fig\.|tables?|sections?|eqs?\.|equations?|appendi\w+|erratum|errata|python"
+PLACES = (
+    rf"(?i)\b({PLACED})\s+{PLACE}((\s*(,|and|to|or|-|–)\s*){PLACE})*"
+    r"|A\.\d+|\(\d\.\d\)|their \d\.\d"
+    r"|\b95%|\b20[12]\d\b"  # the level of the intervals, years
+)
+WRITTEN = re.compile(
+    r"(?<![\w.,])(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<fraction>\.\d+)?"
+    r"(?P<power>e-?\d+)?\s?(?P<percent>%)?"
+)
+UNIT = re.compile(r"(?!x\b|ms\b|s\b)[^\W\d_]")  # what makes a name of a number: 3x3, 2nd
+SHOWN = re.compile(
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?"
+)
+
+
+class Number(NamedTuple):
+    "A number as it is written, its value, half a unit of its last digit, whether it is per cent."
+
+    written: str
+    value: float
+    half: float
+    percent: bool
 
 
 def prose(text):
-    "Markdown without code, formulas, links, years, places in a document, and the level of the intervals."
-    text = re.sub(r"```.*?```|`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>", " ", text, flags=re.S)
-    text = re.sub(
-        rf"(?i)\b(figures?|fig\.|tables?|sections?|eqs?\.|equations?|appendi\w+|erratum|errata|python)\s+{PLACE}((\s*(,|and|to|or|-|–)\s*){PLACE})*|A\.\d+|\(\d\.\d\)|their \d\.\d|\b95%|\b20[12]\d\b",
-        " ",
-        text,
-    )
-    return re.sub(r"(?<=\d)[.:](?=\s|$|\*)", " ", text)
+    "Markdown without code, formulas, links, years, places, and the level of the intervals."
+    text = re.sub(NOT_PROSE, " ", text, flags=re.S)
+    text = re.sub(PLACES, " ", text)
+    return re.sub(r"(?<=\d)[.:](?=\s|$|\*)", " ", text)  # the end of a sentence or a list's number
+
+
+def number(match):
+    "The number of a match of WRITTEN."
+    whole, fraction, power, percent = match.group("whole", "fraction", "power", "percent")
+    digits = (whole or "0").replace(",", "") + (fraction or "")
+    half = 0.5 * 10 ** -(len(fraction or ".") - 1) * 10 ** int((power or "e0")[1:])
+    return Number(match.group().strip(), float(digits + (power or "")), half, bool(percent))
 
 
 def stated(text):
-    "The measured-looking numbers of a text: (as written, value, half a unit of its last digit, whether in per cent). Whole numbers below ten are words."
-    for match in NUMBER.finditer(text := prose(text)):
-        whole, frac, exp, percent = match.group("whole", "frac", "exp", "percent")
-        if not (whole or frac) or (
-            whole and not frac and not exp and not percent and float(whole.replace(",", "")) < 10
-        ):
+    "The numbers of a text that look measured. Whole numbers below ten are words."
+    text = prose(text)
+    for match in WRITTEN.finditer(text):
+        if not (match["whole"] or match["fraction"]):
             continue
-        if (
-            not percent
-            and re.match(r"(?!x\b|ms\b|s\b)[^\W\d_]", text[match.end() :])
-            and match.group() == match.group().rstrip()
-        ):
-            continue  # 3x3, 2nd
-        half = 0.5 * 10 ** -(len(frac or ".") - 1) * 10 ** int((exp or "e0")[1:])
-        yield (
-            match.group().strip(),
-            float((whole or "0").replace(",", "") + (frac or "") + (exp or "")),
-            half,
-            bool(percent),
-        )
+        found = number(match)
+        is_plain = not (match["fraction"] or match["power"] or match["percent"])
+        if is_plain and found.value < 10:
+            continue
+        is_joined = match.group() == match.group().rstrip() and not match["percent"]
+        if is_joined and UNIT.match(text[match.end() :]):
+            continue
+        yield found
 
 
+@cache
 def cells(path, kind):
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+    "The sources of a notebook's cells of a kind, with their outputs."
+    found = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+    return [("".join(cell["source"]), cell.get("outputs", [])) for cell in found]
 
 
+def stated_in(path):
+    "Each number that a notebook's prose states, with the beginning of its cell."
+    return [(each, text[:60]) for text, _ in cells(path, "markdown") for each in stated(text)]
+
+
+def texts_of(output):
+    data = output.get("data", {})
+    texts = ["".join(value) for kind, value in data.items() if kind.startswith("text")]
+    return ["".join(output.get("text", "")), *texts]
+
+
+def ratios(path):
+    "The numbers of an evidence file, where ratios stand as logarithms, as ratios."
+    claims = json.loads(path.read_text())["claims"].values()
+    logarithms = [claim[key] for claim in claims for key in ("effect", "low", "high")]
+    return [math.exp(x) for x in logarithms if x is not None and abs(x) < 50]
+
+
+@cache
 def shown(path):
-    "Every number that a figure notebook shows or computes with: its code, its outputs, its drawing and table, its evidence, its claims."
-    texts = []
-    for cell in cells(path, "code"):
-        texts.append("".join(cell["source"]))
-        for out in cell["outputs"]:
-            texts += [
-                "".join(out.get("text", "")),
-                *(
-                    "".join(value)
-                    for kind, value in out.get("data", {}).items()
-                    if kind.startswith("text")
-                ),
-            ]
-    texts += [
-        file.read_text()
-        for file in (ROOT / f"figures/{path.stem}.md", ROOT / f"data/results/toys/{path.stem}.json")
-        if file.is_file()
-    ]
+    """Every number that a figure notebook shows or computes with.
+
+    They are those of its code, its outputs, its drawing, its table, its evidence and its claims.
+    """
+    texts = [str(claim) for claim in CLAIMS if claim.get("figure") == path.stem]
+    for source, outputs in cells(path, "code"):
+        texts.append(source)
+        texts += [text for output in outputs for text in texts_of(output)]
+    table, evidence = f"figures/{path.stem}.md", f"data/results/toys/{path.stem}.json"
+    texts += [(ROOT / name).read_text() for name in (table, evidence) if (ROOT / name).is_file()]
     drawing = ROOT / f"figures/{path.stem}.svg"
-    texts += re.findall(r"<text[^>]*>([^<]*)", drawing.read_text()) if drawing.is_file() else []
-    claims = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
-    texts += [str(claim) for claim in claims if claim.get("figure") == path.stem]
-    evidence = ROOT / f"data/results/toys/{path.stem}.json"  # ratios stand there as logarithms
-    ratios = (
-        [
-            math.exp(x)
-            for claim in json.loads(evidence.read_text())["claims"].values()
-            for x in (claim["effect"], claim["low"], claim["high"])
-            if x is not None and abs(x) < 50
-        ]
-        if evidence.is_file()
-        else []
-    )
-    return sorted(
-        {
-            *ratios,
-            *(
-                float(n.replace(",", ""))
-                for text in texts
-                for n in re.findall(
-                    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?",
-                    text,
-                )
-            ),
-        }
-    )
+    if drawing.is_file():
+        texts += re.findall(r"<text[^>]*>([^<]*)", drawing.read_text())
+    values = {float(word.replace(",", "")) for text in texts for word in SHOWN.findall(text)}
+    if (ROOT / evidence).is_file():
+        values |= set(ratios(ROOT / evidence))
+    return sorted(values)
 
 
 def traced(value, half, percent, known):
-    return any(
-        abs(number * factor - value) <= half * (1 + 1e-9)
-        for number in known
-        for factor in ((1, 100) if percent else (1, 1000, 0.001))
-    )
+    "Whether a value is one of those known, to its last digit and perhaps in another unit."
+    factors = (1, 100) if percent else (1, 1000, 0.001)
+    allowed = half * (1 + 1e-9)
+    return any(abs(each * factor - value) <= allowed for each in known for factor in factors)
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_what_a_figure_notebook_says_it_also_shows(path):
     known, quoted = shown(path), QUOTED.get(path.stem, set())
     lost = [
-        (word, "".join(cell["source"])[:60])
-        for cell in cells(path, "markdown")
-        for word, value, half, percent in stated("".join(cell["source"]))
-        if value not in quoted and not traced(value, half, percent, known)
+        (each.written, cell)
+        for each, cell in stated_in(path)
+        if each.value not in quoted and not traced(*each[1:], known)
     ]
     assert not lost, f"stated, and neither shown nor quoted: {lost}"
 
 
+def digits_of(written):
+    "The number of its significant digits."
+    return len(re.sub(r"e.*|\D", "", written).lstrip("0"))
+
+
+def noticed(path):
+    "For each number of three digits or more, up and down: whether a wrong last digit is found out."
+    known = shown(path)
+    return [
+        not traced(each.value + sign * 6 * each.half, each.half, each.percent, known)
+        for each, _ in stated_in(path)
+        if digits_of(each.written) >= 3
+        for sign in (-1, 1)
+    ]
+
+
 def test_a_wrong_number_would_be_noticed():
-    "Another last digit in any number of three digits or more: most are found out, in every notebook that has many (the rest happen to be shown somewhere else)."
-    shares = {}
-    for path in FIGURES:
-        known, found = shown(path), []
-        for cell in cells(path, "markdown"):
-            for word, value, half, percent in stated("".join(cell["source"])):
-                if len(re.sub(r"e.*|\D", "", word).lstrip("0")) >= 3:
-                    found += [
-                        not traced(value + sign * 6 * half, half, percent, known)
-                        for sign in (-1, 1)
-                    ]
-        if len(found) >= 10:
-            shares[path.stem] = sum(found) / len(found)
-    assert len(shares) >= 5 and min(shares.values()) > 0.4, shares
+    "Most are, in every notebook that has many; the rest happen to be shown somewhere else."
+    found = [noticed(path) for path in FIGURES]
+    shares = [sum(each) / len(each) for each in found if len(each) >= 10]
+    assert len(shares) >= 5 and min(shares) > 0.4, shares
+
+
+def typed(source):
+    "The measured-looking numbers in the string literals of an expression."
+    constants = [node.value for node in ast.walk(source) if isinstance(node, ast.Constant)]
+    return {n.written for text in constants if isinstance(text, str) for n in stated(text)}
 
 
 def test_the_readme_says_what_the_results_say_now(monkeypatch):
-    "The README's cells that write sentences from results are run again; what they write stands in README.md. Neither its prose nor these sentences have a measured number by hand."
+    """The README's cells that write sentences from results are run again; README.md has their text.
+
+    Neither its prose nor these sentences have a measured number by hand.
+    """
     monkeypatch.chdir(INDEX.parent)
-    readme, names, written, typed = (
-        (ROOT / "README.md").read_text(),
-        {},
-        [],
-        [word for cell in cells(INDEX, "markdown") for word, *_ in stated("".join(cell["source"]))],
-    )
-    for source in ("".join(cell["source"]) for cell in cells(INDEX, "code")):
-        if not (kind := re.match(r"#\| (output|hide)", source)):
-            continue
-        *body, last = (
-            ast.parse(source).body if kind[1] == "output" else [*ast.parse(source).body, None]
-        )
-        exec(compile(ast.Module(body, []), "index", "exec"), names)
-        if last is None:
-            continue
-        written.append(
-            eval(compile(ast.Expression(last.value), "index", "eval"), names).data.strip()
-        )
-        typed += [
-            word
-            for node in ast.walk(last)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-            for word, *_ in stated(node.value)
-        ]
+    names, written = {}, []
+    by_hand = {each.written for each, _ in stated_in(INDEX)}
+    for source, _ in cells(INDEX, "code"):
+        body = ast.parse(source).body
+        last = body.pop() if source.startswith("#| output") else None
+        if last is not None or source.startswith("#| hide"):
+            exec(compile(ast.Module(body, []), "index", "exec"), names)
+        if last is not None:
+            sentence = eval(compile(ast.Expression(last.value), "index", "eval"), names)
+            written.append(sentence.data.strip().replace("](../", "]("))
+            by_hand |= typed(last)
+    readme = (ROOT / "README.md").read_text()
     assert len(written) >= 3
     for text in written:
-        assert text.replace("](../", "](") in readme, f"the README does not say now: {text[:200]}"
-    said = (
-        set(typed) - {"3.11", "3.13", "2.0"} - {"8,192", "65,536", "1,024", "90", "10"}
-    )  # versions; set-ups: numbers of codes, the paper's epochs, CIFAR-10
-    assert not said, f"numbers written by hand into nbs/index.ipynb: {said}"
+        assert text in readme, f"the README does not say now: {text[:200]}"
+    by_hand -= VERSIONS | SET_UPS
+    assert not by_hand, f"numbers written by hand into nbs/index.ipynb: {by_hand}"
