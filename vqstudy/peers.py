@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
-from .categorical import RouterQuantizer
+from .router import RouterQuantizer
 from .checks import choice
 from .models import Autoencoder, reconstruction_loss
 from .quantizers import recipe, recipes
