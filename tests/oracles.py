@@ -1,7 +1,12 @@
-"""One registry of quantizers: every recipe and further settings, each with an oracle. Whatever stands here is tested by everything in test_quantizers.
+"""One registry of quantizers: every recipe and further settings, each with an oracle.
 
-An oracle is `naive(quantizer, z, p) -> (out, codes, loss)`: the method as its paper has it, in float64 and in the plainest way. z and p (by name of
-parameter) are leaves, `quantizer` is a copy from before the step, and `out` has the method's value and, as an expression of the leaves, its gradient.
+Whatever stands here is tested by everything in test_quantizers. An oracle is
+
+    naive(quantizer, z, p) -> (value, codes, loss)
+
+the method as its paper has it, in float64 and in the plainest way. z and p (by name of parameter)
+are leaves, `quantizer` is a copy from before the step, and `value`, what the decoder gets, has as
+an expression of the leaves the method's gradient.
 """
 
 import copy
@@ -18,7 +23,7 @@ from vqstudy.quantizers import Quantizer, ResidualQuantizer, recipe
 ROWS = (((1, 2), 1), ((5, 1), 3), ((30, 3), 7), ((64, 16), 33))  # shape of z, number of codes
 EVEN = (((1, 2), 1), ((30, 4), 7), ((64, 16), 33))  # of an even width, for two groups
 POWERS = (((1, 2), 4), ((30, 3), 16), ((30, 3), 8), ((64, 16), 64))
-PICTURES = (*ROWS, ((5, 2, 3, 3), 7))  # SQ-VAE sums over each picture
+IMAGES = (*ROWS, ((5, 2, 3, 3), 7))  # SQ-VAE sums over each image
 MAPS = (((1, 2, 2, 2), 1), ((2, 4, 6, 3), 7), ((3, 8, 2, 16), 16))
 
 
@@ -42,44 +47,36 @@ def of_recipe(
 
 
 def shapes_of(spec: str) -> tuple:
-    return (
-        tuple(pair for pair in ROWS if pair[0][1] > 1) if "optvq" in spec or "l2" in spec else ROWS
-    )  # on a line, codes tie
+    "The shapes of rows; on a line, codes tie where lengths or a plan decide."
+    if "optvq" in spec or "l2" in spec:
+        return tuple(pair for pair in ROWS if pair[0][1] > 1)
+    return ROWS
+
+
+AROUND = ("groups", "levels", "shared", "dropout")  # keywords of what is made of several quantizers
 
 
 def table(spec: str, shapes: tuple | None = None, **given) -> Oracle:
     "A recipe of the quantizers with a table of code vectors, alone or several of them."
-    names, inner = (
-        words(spec),
-        {k: v for k, v in given.items() if k not in ("groups", "levels", "shared", "dropout")},
-    )
-    soft = bool(
-        {"nsvq", "diveq"} & names
-        or given.get("dropout")
-        or ({"residual", "replace"} <= names and given.get("shared"))
-    )
-    one = partial(vector, words=names, **inner)
+    names = words(spec)
+    one = partial(vector, words=names, **{k: v for k, v in given.items() if k not in AROUND})
     if "group" in names:
-        return of_recipe(
-            spec,
-            partial(composed.group, inner=one, groups=given.get("groups", 2)),
-            EVEN,
-            soft,
-            **given,
-        )
+        naive = partial(composed.group, inner=one, groups=given.get("groups", 2))
+        return of_recipe(spec, naive, EVEN, perturbed(names), **given)
     if "multiscale" in names:
-        return of_recipe(spec, partial(composed.multiscale, inner=one), MAPS, soft, **given)
+        naive = partial(composed.multiscale, inner=one)
+        return of_recipe(spec, naive, MAPS, perturbed(names), **given)
     if "residual" in names:
-        return of_recipe(
-            spec,
-            partial(
-                composed.residual, words=names, **{k: v for k, v in given.items() if k != "shared"}
-            ),
-            shapes_of(spec),
-            soft,
-            **given,
-        )
-    return of_recipe(spec, one, shapes or shapes_of(spec), soft, **given)
+        kept = {k: v for k, v in given.items() if k != "shared"}
+        naive = partial(composed.residual, words=names, **kept)
+        # codes of a shared codebook may be replaced between two levels
+        soft = given.get("dropout") or ("replace" in names and given.get("shared"))
+        return of_recipe(spec, naive, shapes_of(spec), bool(soft or perturbed(names)), **given)
+    return of_recipe(spec, one, shapes or shapes_of(spec), perturbed(names), **given)
+
+
+def perturbed(names: set[str]) -> bool:
+    return bool({"nsvq", "diveq"} & names)
 
 
 def none(quantizer, z, p):
@@ -184,17 +181,17 @@ VARIANTS = [  # further settings of them; life_span 1: codes come back to life w
     ("vq + rotation + ema + multiscale", {}),
     ("vq + sync + multiscale", {}),
 ]
+def setting(spec: str, given: dict) -> str:
+    "The name of a recipe with these keywords."
+    shown = [f"{name}={value}" for name, value in given.items() if name != "shapes"]
+    return ", ".join([spec, *shown])
+
+
+ROUTED = [name for name in categorical.ORACLES if not name.startswith("sq")]
+ANNEALED = [name for name in categorical.ORACLES if name.startswith("sq")]
 ORACLES = {
-    **several(
-        {name: both for name, both in categorical.ORACLES.items() if not name.startswith("sq")},
-        ROWS,
-        lambda name: "soft" in name,
-    ),
-    **several(
-        {name: both for name, both in categorical.ORACLES.items() if name.startswith("sq")},
-        PICTURES,
-        lambda name: True,
-    ),
+    **several({n: categorical.ORACLES[n] for n in ROUTED}, ROWS, lambda name: "soft" in name),
+    **several({n: categorical.ORACLES[n] for n in ANNEALED}, IMAGES, lambda name: True),
     **several(lattice.ORACLES, POWERS),
     **several(composed.ROWS, EVEN),
     **several(composed.MAPS, MAPS),
@@ -209,7 +206,7 @@ ORACLES = {
     "gumbel + residual": of_recipe(
         "gumbel + residual", partial(composed.chain, inner=categorical.gumbel, levels=2), levels=2
     ),
-    "sq": of_recipe("sq", categorical.sq, PICTURES, soft=True),
+    "sq": of_recipe("sq", categorical.sq, IMAGES, soft=True),
     "router": of_recipe("router", categorical.router),
     "router + tied": of_recipe(
         "router + tied", categorical.router, bias=True, entropy=0.1, entropy_temperature=0.5
@@ -225,22 +222,14 @@ ORACLES = {
     "lfq": of_recipe("lfq", lattice.signs, POWERS),
     "bsq": of_recipe("bsq", partial(lattice.signs, spherical=True), POWERS),
     **{spec: table(spec) for spec in TABLES},
-    **{
-        spec
-        + "".join(f", {name}={value}" for name, value in given.items() if name != "shapes"): table(
-            spec, **given
-        )
-        for spec, given in VARIANTS
-    },
+    **{setting(spec, given): table(spec, **given) for spec, given in VARIANTS},
 }
 
 
 def task(v: torch.Tensor) -> torch.Tensor:
-    "A loss of what the decoder gets, with a gradient and a curvature of its own at every element."
-    a, b = (
-        torch.linspace(*ends, v.numel(), dtype=v.dtype, device=v.device).view_as(v)
-        for ends in ((-1, 2), (1.5, -0.5))
-    )
+    "A loss of the decoder's input, with a gradient and a curvature of its own at every element."
+    ends = ((-1, 2), (1.5, -0.5))
+    a, b = (torch.linspace(*e, v.numel(), dtype=v.dtype, device=v.device).view_as(v) for e in ends)
     return (a * v + b * v * v / 2).sum()
 
 
@@ -255,66 +244,55 @@ def apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     "The largest difference, where no gradient is a gradient of 0."
     if a is None and b is None:
         return 0.0
-    return float(
-        ((torch.zeros_like(b) if a is None else a) - (torch.zeros_like(a) if b is None else b))
-        .detach()
-        .abs()
-        .max()
-    )
+    a, b = (torch.zeros_like(other) if t is None else t for t, other in ((a, b), (b, a)))
+    return float((a - b).detach().abs().max())
 
 
-def errors(oracle: Oracle, shape: tuple, k: int, warm: int) -> dict[str, float]:
-    "Largest float64 differences of value, loss, and gradients to z and to each parameter in a training step, `warm` steps after the start."
-    torch.manual_seed(sum(shape) + k)
+def warmed(oracle: Oracle, shape: tuple, k: int, warm: int) -> Quantizer:
+    "The quantizer in float64, away from its start, after `warm` training steps."
     quantizer = attached(oracle.build(shape[-1], k).double().train())
     with torch.no_grad():
         for parameter in quantizer.parameters():
-            parameter.add_(
-                0.3 * torch.randn_like(parameter)
-            )  # away from zeros and identities, where gradients hide
+            # away from zeros and identities, where gradients hide
+            parameter.add_(0.3 * torch.randn_like(parameter))
     for _ in range(warm):
         quantizer(torch.randn(shape, dtype=torch.float64))
-    before, leaves = (
-        attached(copy.deepcopy(quantizer)),
-        {name: v.detach().clone().requires_grad_() for name, v in quantizer.named_parameters()},
-    )
+    return quantizer
+
+
+def errors(oracle: Oracle, shape: tuple, k: int, warm: int) -> dict[str, float]:
+    "Largest differences of value, loss, codes, and gradients to z and to each parameter."
+    torch.manual_seed(sum(shape) + k)
+    quantizer = warmed(oracle, shape, k, warm)
+    before = attached(copy.deepcopy(quantizer))
+    parameters = dict(quantizer.named_parameters())
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in parameters.items()}
     z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     leaf = z.detach().clone().requires_grad_()
     torch.manual_seed(1)
-    out = quantizer(z)
-    (task(out.z_q) + out.loss).backward()
+    z_q, codes, loss = quantizer(z)
+    (task(z_q) + loss).backward()
     torch.manual_seed(1)
-    value, codes, loss = oracle.naive(before, leaf, leaves)
-    (task(value) + loss).backward()
-    pairs = {
-        "value": (out.z_q, value),
-        "loss": (out.loss, loss),
-        "z": (z.grad, leaf.grad),
-        **{name: (v.grad, leaves[name].grad) for name, v in quantizer.named_parameters()},
-    }
-    return {name: apart(*pair) for name, pair in pairs.items()} | {
-        "codes": float((out.codes != codes).sum())
+    value, their_codes, their_loss = oracle.naive(before, leaf, leaves)
+    (task(value) + their_loss).backward()
+    return {
+        "value": apart(z_q, value),
+        "loss": apart(loss, their_loss),
+        "codes": float((codes != their_codes).sum()),
+        "z": apart(z.grad, leaf.grad),
+        **{name: apart(v.grad, leaves[name].grad) for name, v in parameters.items()},
     }
 
 
-def checks() -> list[tuple[str, tuple, int, int]]:
-    return [
-        (name, shape, k, warm)
-        for name, oracle in ORACLES.items()
-        for shape, k in oracle.shapes
-        for warm in (0, 2)
-    ]
+def settings(name: str) -> list[tuple[tuple, int, int]]:
+    "Shapes of z, numbers of codes and of steps before, at which a quantizer is checked."
+    return [(shape, k, warm) for shape, k in ORACLES[name].shapes for warm in (0, 2)]
 
 
 if __name__ == "__main__":
-    worst = {
-        check: max(errors(ORACLES[check[0]], *check[1:]).items(), key=lambda item: item[1])
-        for check in checks()
-    }
-    for name in ORACLES:
-        print(
-            f"{name:45} {max(error for check, (_, error) in worst.items() if check[0] == name):.1e}"
-        )
-    print(
-        f"{len(ORACLES)} quantizers, {len(worst)} checks, worst float64 error {max(error for _, error in worst.values()):.1e}"
-    )
+    worst = {}
+    for name, oracle in ORACLES.items():
+        found = [max(errors(oracle, *setting).values()) for setting in settings(name)]
+        worst[name] = max(found)
+        print(f"{name:45} {worst[name]:.1e}")
+    print(f"{len(worst)} quantizers, worst float64 error {max(worst.values()):.1e}")

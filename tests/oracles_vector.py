@@ -1,7 +1,10 @@
-"""The quantizers with a table of code vectors as their papers have them, in float64 and in the plainest way: what the gradients have to be.
+"""The quantizers with a table of code vectors as their papers have them, in float64.
 
-`vector(quantizer, z, p, words, **keywords) -> (out, codes, loss)`: z (n, d) and p are leaves, words the parts of a recipe, keywords those given to
-it, quantizer a copy from before the step (for buffers). `out` has the method's value and, as an expression of the leaves, its gradient.
+    vector(quantizer, z, p, words, **keywords) -> (value, codes, loss)
+
+z (n, d) and p are leaves, words the parts of a recipe, keywords those given to it, quantizer a copy
+from before the step (for buffers). `value` has the method's value and, as an expression of the
+leaves, its gradient.
 """
 
 import torch
@@ -17,7 +20,7 @@ def distances(x, c):
 
 
 def affine(quantizer, table, p, affine_lr=1.0, affine_groups=1, max_norm=None, **_):
-    "Factor and shift (k, d): 1 + eta s and eta b of a code's group, eta s and eta b cut to their largest norm."
+    "Factor and shift (k, d): 1 + eta s and eta b of a code's group, cut to their largest norm."
     group = torch.arange(len(table)) * affine_groups // len(table)
     s, b = (affine_lr * p[f"book.map.{name}"] for name in ("scale", "shift"))
     if max_norm is not None:
@@ -26,14 +29,14 @@ def affine(quantizer, table, p, affine_lr=1.0, affine_groups=1, max_norm=None, *
 
 
 def moving(quantizer, table, x, momentum=0.1, of="codebook", **_):
-    "Factor and shift (d,) from the moments of the batch x and of the table, or of its chosen codes, averaged over steps."
+    "Factor and shift (d,) from running moments of x and of the table, or its chosen codes."
     old = quantizer.book.map
     if of == "chosen":
         factor, shift = old.parts()
-        seen = factor * table + shift
-        table = table[
-            distances(x, F.normalize(seen, dim=1) if quantizer.book.l2 else seen).argmin(1)
-        ]
+        mapped = factor * table + shift
+        if quantizer.book.l2:
+            mapped = F.normalize(mapped, dim=1)
+        table = table[distances(x, mapped).argmin(1)]
     rate = momentum if old.started else 1.0
     mean_z, var_z, mean_c, var_c = (
         (1 - rate) * was + rate * new
@@ -49,7 +52,7 @@ def moving(quantizer, table, x, momentum=0.1, of="codebook", **_):
 
 
 def used(quantizer, x, p, words, life_span=20, **keywords):
-    "The code vectors of this step: idle codes replaced by vectors of the batch x, the map, the unit sphere."
+    "The code vectors of this step: idle codes replaced by vectors of x, the map, the unit sphere."
     table, factor, shift = p.get("book.weight", quantizer.book.weight.detach()), 1.0, 0.0
     if "simvq" in words:
         return sphere(table @ p["book.map.linear.weight"].T, words)
@@ -69,21 +72,15 @@ def sphere(x, words):
 
 
 def choose(x, c, words, metric="euclidean", temperature=1.0, epsilon=0.1, iterations=5, **_):
-    "The code of each vector: nearest, drawn (Huh et al. 2023, Eq. 12), or by a transport plan (Cuturi 2013)."
+    "Codes: nearest, drawn (Huh et al. 2023, Eq. 12), or by a transport plan (Cuturi 2013)."
     if "stochastic" in words:
         scores = -distances(x, c) / temperature
         return (scores - torch.empty_like(scores).exponential_().log()).argmax(1)
     if "optvq" in words:
-        cost = distances(x, c).sqrt()
-        plan = (
-            torch.exp(
-                -(cost - cost.min())
-                / cost.std(correction=0).nan_to_num(1.0).clamp_min(1e-300)
-                / epsilon
-            )
-            if cost.numel() > 1
-            else cost
-        )
+        plan = cost = distances(x, c).sqrt()
+        if cost.numel() > 1:
+            deviation = cost.std(correction=0).nan_to_num(1.0).clamp_min(1e-300)
+            plan = torch.exp(-(cost - cost.min()) / deviation / epsilon)
         for _ in range(iterations):
             plan = plan / plan.sum(0, keepdim=True)
             plan = plan / plan.sum(1, keepdim=True)
@@ -94,19 +91,23 @@ def choose(x, c, words, metric="euclidean", temperature=1.0, epsilon=0.1, iterat
 
 
 def matrix(x, q, words):
-    "The rotation I - 2ww^T + 2ue^T, or the reflection I - 2rr^T, of each row, (n, d, d) (Fifty et al. 2024)."
+    "I - 2ww^T + 2ue^T, or the reflection I - 2rr^T, of each row, (n, d, d) (Fifty et al. 2024)."
     e, u, eye = F.normalize(x, dim=1), F.normalize(q, dim=1), torch.eye(x.shape[1], dtype=x.dtype)
     outer = lambda a, b: a[:, :, None] * b[:, None]
     if "reflection" in words:
-        return eye - 2 * outer(F.normalize(e - u, dim=1), F.normalize(e - u, dim=1))
+        r = F.normalize(e - u, dim=1)
+        return eye - 2 * outer(r, r)
+    if x.shape[1] == 1:
+        return eye.expand(len(x), 1, 1)  # on a line there is nothing to turn about
     w = F.normalize(e + u, dim=1)
-    return (
-        eye - 2 * outer(w, w) + 2 * outer(u, e) if x.shape[1] > 1 else eye.expand(len(x), 1, 1)
-    )  # on a line there is nothing to turn about
+    return eye - 2 * outer(w, w) + 2 * outer(u, e)
 
 
 def turned(x, q, words, scale="norm", project=False, **_):
-    "gamma R x, gamma and R held constant; projected: of x's direction, which is not held constant, in place of its part along x."
+    """gamma R x, gamma and R held constant.
+
+    Projected: of x's direction, which is not held constant, in place of its part along x.
+    """
     x0, q0 = x.detach(), q.detach()
     gamma = {
         "norm": q0.norm(dim=1) / x0.norm(dim=1),
@@ -123,49 +124,40 @@ def passed(quantizer, x, q, words, nu=0.2, variance=1e-3, **keywords):
     if "nsvq" in words or "diveq" in words:
         noise = torch.randn_like(x)
         v = noise if "nsvq" in words else (q - x).detach() + variance**0.5 * noise
-        return x + (q - x).norm(dim=1, keepdim=True) * (
-            v / v.norm(dim=1, keepdim=True)
-        ).detach(), 0.0
+        direction = (v / v.norm(dim=1, keepdim=True)).detach()
+        return x + (q - x).norm(dim=1, keepdim=True) * direction, 0.0
     if "rotation" in words or "reflection" in words:
         return kept(q.detach(), turned(x, q, words, **keywords)), 0.0
-    out = kept(q, x)
+    value = kept(q, x)
     if "sync" in words or "opt" in words:
-        out = out + nu * (q - q.detach())
+        value = value + nu * (q - q.detach())
     extra = torch.zeros_like(x)
     if "exact" in words or "hessian" in words:
         slope = lambda v: torch.autograd.functional.jacobian(quantizer.loss_at, v.detach())
         if "exact" in words:
             extra = slope(x) - slope(q)
         else:
-            extra = torch.autograd.functional.hvp(quantizer.loss_at, q.detach(), (x - q).detach())[
-                1
-            ]
-    return out, (extra * (x - x.detach())).sum()
+            error = (x - q).detach()
+            extra = torch.autograd.functional.hvp(quantizer.loss_at, q.detach(), error)[1]
+    return value, (extra * (x - x.detach())).sum()
 
 
 def coded(quantizer, x, p, words, alpha=None, beta=0.8, commit_encoder=True, **keywords):
-    "The chosen code vectors, their codes, and the commitment loss (Huh et al. 2023, Eq. 8-9), of prepared vectors."
+    "The chosen code vectors of prepared x, their codes, and the loss (Huh et al. 2023, Eq. 8-9)."
     c = used(quantizer, x.detach(), p, words, **keywords)
     codes = choose(x.detach(), c.detach(), words, **keywords)
     q, alternate = c[codes], "alt" in words or "opt" in words
     if alpha is None:
         alpha = 0.0 if {"nsvq", "diveq"} & words else 1.25
-    loss = (
-        alpha
-        * (0.0 if alternate and not commit_encoder else 1 - beta)
-        * (x - q.detach()).pow(2).mean()
-    )
-    return (
-        q,
-        codes,
-        loss
-        if alternate or "ema" in words
-        else loss + alpha * beta * (q - x.detach()).pow(2).mean(),
-    )
+    encoders_share = 0.0 if alternate and not commit_encoder else 1 - beta
+    loss = alpha * encoders_share * (x - q.detach()).pow(2).mean()
+    if not (alternate or "ema" in words):
+        loss = loss + alpha * beta * (q - x.detach()).pow(2).mean()
+    return q, codes, loss
 
 
 def vector(quantizer, z, p, words, **keywords):
     x = sphere(z, words)
     q, codes, loss = coded(quantizer, x, p, words, **keywords)
-    out, extra = passed(quantizer, x, q, words, **keywords)
-    return out, codes, loss + extra
+    value, extra = passed(quantizer, x, q, words, **keywords)
+    return value, codes, loss + extra

@@ -1,4 +1,4 @@
-"""Several processes on this machine for tests: a function in each of them, with torch.distributed ready, and what each returned."""
+"""Several processes: a function in each, with torch.distributed ready, and its results."""
 
 import os
 import time
@@ -34,10 +34,11 @@ def _one(
 def in_processes(
     world: int, folder: Path, function: Callable, *args: Any, timeout: float = 60
 ) -> list[Any]:
-    """`function(rank, *args)` in `world` gloo processes of one thread each; what it returns (tensors and containers of them), by rank.
+    """`function(rank, *args)` in `world` gloo processes of one thread each; its results by rank.
 
-    function: of a module's top level; folder: empty, for the store and the results. A process that raises fails the call with its traceback,
-    one that has not ended after `timeout` seconds with a TimeoutError; none outlives the call.
+    function: of a module's top level, returns tensors and containers of them; folder: empty, for
+    the store and the results. A process that raises fails the call with its traceback, one that
+    has not ended after `timeout` seconds with a TimeoutError; none outlives the call.
     """
     context = torch.multiprocessing.get_context("spawn")
     started = [
@@ -50,11 +51,9 @@ def in_processes(
     try:
         for process in started:
             process.start()
-        while (
-            any(p.is_alive() for p in started)
-            and not any(p.exitcode for p in started)
-            and time.monotonic() < deadline
-        ):
+        while time.monotonic() < deadline:
+            if any(p.exitcode for p in started) or not any(p.is_alive() for p in started):
+                break
             time.sleep(0.02)
         hung = [rank for rank, p in enumerate(started) if p.is_alive()]
         failed = [rank for rank, p in enumerate(started) if p.exitcode]
@@ -64,20 +63,17 @@ def in_processes(
                 process.kill()
         for process in started:
             process.join()
-    notes = "".join(
-        f"rank {rank}:\n{(folder / f'{rank}.txt').read_text()}\n"
-        for rank in range(world)
-        if (folder / f"{rank}.txt").exists()
-    )
     if failed:
-        raise RuntimeError(f"of {world} processes, {failed} failed\n{notes}")
+        notes = [(rank, folder / f"{rank}.txt") for rank in range(world)]
+        traces = "\n".join(f"rank {rank}:\n{p.read_text()}" for rank, p in notes if p.exists())
+        raise RuntimeError(f"of {world} processes, {failed} failed\n{traces}")
     if hung:
         raise TimeoutError(f"of {world} processes, {hung} had not ended after {timeout} s")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def share(batch: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    "The parts of one batch that the ranks get, in order; uneven ones too, but none empty (empty batches are refused)."
+    "The parts of one batch that the ranks get, in order; of any sizes but 0, which is refused."
     if sum(sizes) != len(batch) or min(sizes) < 1:
         raise ValueError(f"sizes must be positive and add up to {len(batch)}, got {sizes}")
     return list(batch.split(sizes))

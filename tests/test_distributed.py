@@ -1,4 +1,7 @@
-"""Several processes: statistics and every shared random choice agree across ranks, and equal those of one process on the joined batch."""
+"""Several processes: statistics and shared random choices agree across ranks.
+
+They equal those of one process on the joined batch.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -17,11 +20,11 @@ from vqstudy.ranks import from_first, total
 from vqstudy.transport import OptVQ
 from vqstudy.vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
-SIZES = {  # vectors of each rank, anew at each step
+SIZES = {  # vectors of each rank, others at each step
     2: [[9, 1], [1, 12], [1, 1], [5, 5], [3, 4], [17, 2]],
     3: [[2, 20, 1], [7, 1, 1], [1, 1, 1], [3, 3, 3], [4, 9, 2], [1, 1, 15]],
 }
-PICTURES = {2: [[5, 3], [1, 7], [7, 1]], 3: [[2, 5, 1], [1, 1, 6], [3, 3, 2]]}
+IMAGES = {2: [[5, 3], [1, 7], [7, 1]], 3: [[2, 5, 1], [1, 1, 6], [3, 3, 2]]}
 
 
 def learned_affine(dim, num_codes, **options):
@@ -40,9 +43,8 @@ def moving_affine(dim, num_codes, of="codebook", **options):
 @dataclass(frozen=True)
 class Case:
     kind: object  # (dim, num_codes) -> quantizer
-    without: str = (
-        ""  # the case without the upkeep that this one is about: its table must come out different
-    )
+    # the case without the upkeep that this one is about: its table must come out different
+    without: str = ""
     data: str = "vectors"
     codes: int = 8
     options: dict = field(default_factory=dict)
@@ -122,7 +124,7 @@ def batches(world):
     torch.manual_seed(1)
     drawn = partial(torch.randn, dtype=torch.float64)
     drift = [share(drawn(sum(step), 4) + 0.7 * i, step) for i, step in enumerate(SIZES[world])]
-    maps = [share(drawn(8, 4, 2, 4), step) for step in PICTURES[world]]
+    maps = [share(drawn(8, 4, 2, 4), step) for step in IMAGES[world]]
     torch.manual_seed(0)
     own = VectorQuantizer(4, 8).double().codebook.detach()
     return {
@@ -137,21 +139,23 @@ def batches(world):
 
 
 def steps(rank, case, data):
-    "Training steps on this rank's parts (None: on all of each batch, in one process): the start, the last step's outputs, its gradients, and the state after it."
-    torch.manual_seed(
-        rank * 100 if rank else 0
-    )  # only the first rank has the seed of the one process
+    """Training steps on this rank's parts; rank None: on all of each batch, in one process.
+
+    Returns the start, the last step's outputs, its gradients, and the state after it.
+    """
+    # only the first rank has the seed of the one process
+    torch.manual_seed(rank * 100 if rank else 0)
     quantizer = case.build().double().train()
     start = {name: value.clone() for name, value in quantizer.state_dict().items()}
     for parts in data[case.data]:
         z = (torch.cat(parts) if rank is None else parts[rank].clone()).requires_grad_()
-        out = quantizer(z)
-    (out.loss + out.z_q.pow(2).mean()).backward()
+        z_q, codes, loss = quantizer(z)
+    (loss + z_q.pow(2).mean()).backward()
     return {
         "start": start,
-        "z_q": out.z_q.detach(),
-        "codes": out.codes,
-        "loss": out.loss.detach(),
+        "z_q": z_q.detach(),
+        "codes": codes,
+        "loss": loss.detach(),
         "z.grad": z.grad,
         "state": quantizer.state_dict(),
         "random": torch.get_rng_state(),
@@ -163,17 +167,12 @@ def refuse(*_, **__):
     raise AssertionError("a collective was called")
 
 
+COLLECTIVES = ["all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce"]
+COLLECTIVES += ["gather", "scatter", "barrier"]
+
+
 def without_collectives(patch):
-    for name in (
-        "all_reduce",
-        "broadcast",
-        "all_gather",
-        "all_gather_into_tensor",
-        "reduce",
-        "gather",
-        "scatter",
-        "barrier",
-    ):
+    for name in COLLECTIVES:
         patch.setattr(dist, name, refuse)
 
 
@@ -184,7 +183,8 @@ def evaluations(rank, cases, data):
         with pytest.MonkeyPatch.context() as patch:
             without_collectives(patch)
             z = data[case.data][0][rank]
-            quantizer.decode(quantizer(z).codes), quantizer.train().encode(z)
+            quantizer.decode(quantizer(z).codes)
+            quantizer.train().encode(z)
 
 
 def everything(rank, data):
@@ -197,15 +197,21 @@ def everything(rank, data):
     }
 
 
+def alone(case, data):
+    "What one process makes of the joined batches, where every collective is refused."
+    with pytest.MonkeyPatch.context() as patch:
+        without_collectives(patch)
+        return steps(None, case, data)
+
+
 @pytest.fixture(scope="module", params=[2, 3])
 def run(request, tmp_path_factory):
-    "What each rank made of its parts of the batches, and a function that gives what one process makes of the joined ones."
+    "What each rank made of its parts of the batches, and a function: a case's `alone`."
     data, threads = batches(request.param), torch.get_num_threads()
     torch.set_num_threads(1)
-    yield (
-        in_processes(request.param, tmp_path_factory.mktemp("run"), everything, data, timeout=120),
-        cache(lambda name: steps(None, CASES[name], data)),
-    )
+    folder = tmp_path_factory.mktemp("run")
+    made = in_processes(request.param, folder, everything, data, timeout=120)
+    yield made, cache(lambda name: alone((CASES | LOOSE)[name], data))
     torch.set_num_threads(threads)
 
 
@@ -220,14 +226,15 @@ def close(a, b):
 
 
 def test_every_process_answers(run):
-    outs, _ = run
-    for out in outs:
-        assert out["total"].tolist() == [sum(range(len(outs))), len(outs)] and out["threads"] == 1
+    results, _ = run
+    for result in results:
+        assert result["total"].tolist() == [sum(range(len(results))), len(results)]
+        assert result["threads"] == 1
 
 
 @pytest.mark.parametrize("name", CASES | LOOSE)
 def test_ranks_agree(name, run):
-    first, *others = [out[name] for out in run[0]]
+    first, *others = [result[name] for result in run[0]]
     for other in others:
         assert equal(other["start"], first["start"]) and equal(other["state"], first["state"])
 
@@ -239,77 +246,63 @@ def test_ranks_start_as_one_process_does(name, run):
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_ranks_make_what_one_process_makes(name, run):
-    outs, one = [out[name] for out in run[0]], run[1](name)
+    ranks, one = [result[name] for result in run[0]], run[1](name)
     for key in ("z_q", "codes"):
-        assert torch.allclose(
-            torch.cat([out[key] for out in outs]), one[key], rtol=0, atol=1e-12
-        ), key
-    for out in outs:
-        assert close(out["state"], one["state"])
-    assert torch.equal(outs[0]["random"], one["random"])  # the next draw will be the same, too
+        parts = torch.cat([rank[key] for rank in ranks])
+        assert torch.allclose(parts, one[key], rtol=0, atol=1e-12), key
+    for rank in ranks:
+        assert close(rank["state"], one["state"])
+    assert torch.equal(ranks[0]["random"], one["random"])  # the next draw will be the same, too
 
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_losses_and_gradients_are_parts_of_those_of_one_process(name, run):
-    outs, one = [out[name] for out in run[0]], run[1](name)
-    shares = [len(out["z_q"]) / len(one["z_q"]) for out in outs]
+    ranks, one = [result[name] for result in run[0]], run[1](name)
+    shares = [len(rank["z_q"]) / len(one["z_q"]) for rank in ranks]
     joined = lambda values: sum(share * value for share, value in zip(shares, values))
-    assert torch.allclose(joined(out["loss"] for out in outs), one["loss"], rtol=1e-12, atol=1e-12)
-    assert torch.allclose(
-        torch.cat([share * out["z.grad"] for share, out in zip(shares, outs)]),
-        one["z.grad"],
-        rtol=1e-11,
-        atol=1e-12,
-    )
-    assert close(
-        {key: joined(out["grads"][key] for out in outs) for key in outs[0]["grads"]}, one["grads"]
-    )
+    loss = joined(rank["loss"] for rank in ranks)
+    assert torch.allclose(loss, one["loss"], rtol=1e-12, atol=1e-12)
+    to_z = torch.cat([share * rank["z.grad"] for share, rank in zip(shares, ranks)])
+    assert torch.allclose(to_z, one["z.grad"], rtol=1e-11, atol=1e-12)
+    grads = {key: joined(rank["grads"][key] for rank in ranks) for key in ranks[0]["grads"]}
+    assert close(grads, one["grads"])
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.without])
 def test_the_upkeep_acts(name, run):
-    tables = [
-        next(value for key, value in run[1](n)["state"].items() if key.endswith("weight"))
-        for n in (name, CASES[name].without)
-    ]
-    assert (tables[0] - tables[1]).abs().amax(1).gt(1e-3).any()
+    states = [run[1](n)["state"] for n in (name, CASES[name].without)]
+    table, other = (next(v for k, v in s.items() if k.endswith("weight")) for s in states)
+    assert (table - other).abs().amax(1).gt(1e-3).any()
 
 
 def test_a_code_is_dead_where_no_rank_chooses_it(run):
-    outs, one = run
-    kept, died = "replace, every code chosen by some rank", "replace, no code dead for one rank"
-    for out in outs:
-        assert (
-            torch.equal(out[kept]["state"]["book.weight"], out[kept]["start"]["book.weight"])
-            and not out[kept]["state"]["alive.idle"].any()
-        )
-        assert torch.equal(
-            out[died]["state"]["book.weight"][:4], out[died]["start"]["book.weight"][:4]
-        )
-        assert not torch.equal(
-            out[died]["state"]["book.weight"][4:], out[died]["start"]["book.weight"][4:]
-        )
+    for rank in run[0]:
+        kept = rank["replace, every code chosen by some rank"]
+        assert torch.equal(kept["state"]["book.weight"], kept["start"]["book.weight"])
+        assert not kept["state"]["alive.idle"].any()
+        died = rank["replace, no code dead for one rank"]
+        before, after = died["start"]["book.weight"], died["state"]["book.weight"]
+        assert torch.equal(after[:4], before[:4]) and not torch.equal(after[4:], before[4:])
 
 
-@pytest.mark.parametrize(
-    "spec", [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))]
-)
+UNATTENDED = [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))]
+
+
+@pytest.mark.parametrize("spec", UNATTENDED)
 def test_one_process_alone_calls_no_collective(spec, monkeypatch):
     without_collectives(monkeypatch)
     wanted = {"life_span": 1, "refit": 1, "init": "kmeans", "entropy": 1.0}
-    quantizer = recipe(
-        spec, 4, 16, **{name: value for name, value in wanted.items() if name in keywords(spec)}
-    ).train()
+    given = {name: value for name, value in wanted.items() if name in keywords(spec)}
+    quantizer = recipe(spec, 4, 16, **given).train()
     for _ in range(2):
-        out = quantizer(torch.randn(2, 2, 2, 4, requires_grad=True))
-        (out.loss + out.z_q.sum()).backward()
+        z_q, _, loss = quantizer(torch.randn(2, 2, 2, 4, requires_grad=True))
+        (loss + z_q.sum()).backward()
     quantizer.eval()(torch.randn(2, 2, 2, 4))
 
 
 @pytest.mark.parametrize("name", CASES | LOOSE)
-def test_one_process_alone_calls_no_collective_in_any_case(name, monkeypatch):
-    without_collectives(monkeypatch)
-    steps(None, (CASES | LOOSE)[name], batches(2))
+def test_one_process_alone_calls_no_collective_in_any_case(name, run):
+    run[1](name)  # `alone` raises at a collective
 
 
 @pytest.mark.parametrize(
@@ -327,8 +320,8 @@ def test_a_model_built_on_the_cpu_can_be_sent_by_a_backend_of_the_gpu(backends, 
         monkeypatch.setattr(dist, name, stand_in)
     with FakeTensorMode():
         x = torch.zeros(3)
-        out = from_first(x)  # shapes and devices alone: no GPU is needed
-    assert out is x and devices == [sent] and x.device.type == "cpu"
+        received = from_first(x)  # shapes and devices alone: no GPU is needed
+    assert received is x and devices == [sent] and x.device.type == "cpu"
 
 
 def raise_on_one(rank):
@@ -343,7 +336,7 @@ def hang_on_one(rank):
     dist.barrier()
 
 
-def test_a_failure_is_told(tmp_path):
+def test_a_failure_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match=r"\[1\] failed(.|\n)*the second process fails"):
         in_processes(2, tmp_path, raise_on_one)
 

@@ -1,4 +1,4 @@
-"""Every rule against its matrix form or float64 autograd; the forward value to the last bit; the corners."""
+"""Every rule against its matrix form or float64 autograd; the forward value; the corners."""
 
 import pytest
 import torch
@@ -34,9 +34,8 @@ def turned(z, q, z_leaf, mirror=False):
     else:
         w = unit(e + u)
         R = eye - 2 * outer(w, w) + 2 * outer(u, e)
-    assert torch.allclose((R @ e[..., None])[..., 0], u) and torch.allclose(
-        torch.linalg.det(R), torch.full((len(z),), -1.0 if mirror else 1.0, dtype=z.dtype)
-    )
+    assert torch.allclose((R @ e[..., None])[..., 0], u)
+    assert torch.allclose(torch.linalg.det(R), eye.new_tensor(-1.0 if mirror else 1.0))
     return (R @ z_leaf[..., None])[..., 0]
 
 
@@ -79,14 +78,11 @@ def test_gradients_against_float64_autograd(name, n, d):
 def test_forward_is_q_to_the_last_bit(name, dtype):
     torch.manual_seed(0)
     z, q = (torch.randn(50, 8).to(dtype).requires_grad_() for _ in range(2))
-    out = estimate(z, q, RULES[name])
-    assert torch.equal(out, q) and out.dtype == dtype
-    out.sum().backward()
-    assert (
-        z.grad.dtype == q.grad.dtype == dtype
-        and z.grad.isfinite().all()
-        and q.grad.isfinite().all()
-    )
+    value = estimate(z, q, RULES[name])
+    assert torch.equal(value, q) and value.dtype == dtype
+    value.sum().backward()
+    for leaf in (z, q):
+        assert leaf.grad.dtype == dtype and leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -120,9 +116,8 @@ def test_a_half_turn_keeps_the_angle(d):
     z = torch.randn(20, d, dtype=torch.float64)
     g = torch.randn_like(z)
     grad = rotation("unit")(z, -z, g)[0]
-    assert torch.allclose((grad * z).sum(1), -(g * z).sum(1)) and torch.allclose(
-        grad.norm(dim=1), g.norm(dim=1)
-    )
+    assert torch.allclose((grad * z).sum(1), -(g * z).sum(1))
+    assert torch.allclose(grad.norm(dim=1), g.norm(dim=1))
 
 
 def test_the_factor_is_clamped():
@@ -134,9 +129,8 @@ def test_projected_has_no_radial_part():
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 100, 9, dtype=torch.float64)
     grad = rotation(project=True)(z, q, g)[0]
-    assert (grad * z).sum(1).abs().max() < 1e-12 and (rotation()(z, q, g)[0] * z).sum(
-        1
-    ).abs().max() > 0.1
+    assert (grad * z).sum(1).abs().max() < 1e-12
+    assert (rotation()(z, q, g)[0] * z).sum(1).abs().max() > 0.1
 
 
 def test_on_the_sphere_norm_and_unit_coincide():
@@ -175,9 +169,7 @@ def test_compiles_without_a_break(name):
 
 def test_bad_arguments_are_named():
     z = torch.zeros(2, 3)
-    with pytest.raises(
-        ValueError, match=r"agree in shape, dtype and device, got \(2, 3\).*\(2, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"dtype and device, got \(2, 3\).*\(2, 2\)"):
         estimate(z, z[:, :2])
     with pytest.raises(ValueError, match="float64"):
         estimate(z, z.double())

@@ -4,25 +4,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch.func import functional_call, grad, stack_module_state, vmap
-from vqstudy.estimators import estimate, exact, full, hessian, none, reflection, rotation
-from vqstudy.estimators import straight_through, synchronized
+from test_estimators import RULES
+from vqstudy.estimators import estimate, exact, hessian, rotation, synchronized
 from vqstudy.measure import code_counts, perplexity, usage
 from vqstudy.quantizers import recipe, recipes
 from vqstudy.search import nearest
 from vqstudy.vector import VectorQuantizer
 
-RULES = {
-    "straight_through": straight_through,
-    "none": none,
-    "full": full,
-    "synchronized": synchronized(0.3),
-    "rotation": rotation(),
-    "rotation unit": rotation("unit"),
-    "rotation distance": rotation("distance"),
-    "rotation projected": rotation(project=True),
-    "reflection": reflection(),
-    "reflection unit": reflection("unit"),
-}
 rules = pytest.mark.parametrize("name", RULES)
 
 
@@ -35,15 +23,12 @@ def test_nearest_over_stacked_codebooks(metric, budget):
     torch.manual_seed(0)
     z, codebooks = torch.randn(5, 40, 8), torch.randn(5, 16, 8)
     search = lambda z, codebook: nearest(z, codebook, metric, budget=budget, check_finite=False)
-    assert torch.equal(
-        vmap(search)(z, codebooks), torch.stack([search(*pair) for pair in zip(z, codebooks)])
-    )
-    assert torch.equal(
-        vmap(search, (None, 0))(z[0], codebooks), torch.stack([search(z[0], c) for c in codebooks])
-    )
-    assert torch.equal(
-        vmap(search, (0, None))(z, codebooks[0]), torch.stack([search(x, codebooks[0]) for x in z])
-    )
+    both = torch.stack([search(*pair) for pair in zip(z, codebooks)])
+    assert torch.equal(vmap(search)(z, codebooks), both)
+    of_one_batch = torch.stack([search(z[0], c) for c in codebooks])
+    assert torch.equal(vmap(search, (None, 0))(z[0], codebooks), of_one_batch)
+    in_one_codebook = torch.stack([search(x, codebooks[0]) for x in z])
+    assert torch.equal(vmap(search, (0, None))(z, codebooks[0]), in_one_codebook)
 
 
 def test_what_nearest_cannot_do_under_vmap():
@@ -52,9 +37,8 @@ def test_what_nearest_cannot_do_under_vmap():
     with pytest.raises(RuntimeError, match="data-dependent control flow"):
         vmap(nearest)(z, codebooks)
     exact = lambda z, c: nearest(z, c, exact=True, check_finite=False)
-    assert torch.equal(
-        vmap(exact)(z, codebooks), torch.stack([exact(*pair) for pair in zip(z, codebooks)])
-    )
+    each = torch.stack([exact(*pair) for pair in zip(z, codebooks)])
+    assert torch.equal(vmap(exact)(z, codebooks), each)
 
 
 @rules
@@ -71,14 +55,11 @@ def test_estimate_under_vmap_and_grad_equals_a_loop(name, dtype):
     assert torch.equal(vmap(lambda z, q: estimate(z, q, RULES[name]))(z, q), q)
     for ours, theirs in zip(vmap(grad(task, (0, 1)))(z, q, g), loop):
         assert torch.allclose(ours, theirs, rtol=1e-12)
-    each = [
-        torch.stack(grads) for grads in zip(*(grad(task, (0, 1))(*one) for one in zip(z, q, g)))
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(each, loop))
+    one_by_one = zip(*(grad(task, (0, 1))(*one) for one in zip(z, q, g)))
+    assert all(torch.equal(torch.stack(a), b) for a, b in zip(one_by_one, loop))
     a, b = z.clone().requires_grad_(), q.clone().requires_grad_()
-    around = torch.autograd.grad(
-        (vmap(lambda z, q: estimate(z, q, RULES[name]))(a, b) * g).sum(), (a, b)
-    )
+    stacked = vmap(lambda z, q: estimate(z, q, RULES[name]))(a, b)
+    around = torch.autograd.grad((stacked * g).sum(), (a, b))
     for ours, theirs in zip(around, loop):
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
@@ -86,11 +67,8 @@ def test_estimate_under_vmap_and_grad_equals_a_loop(name, dtype):
 @rules
 def test_one_z_for_many_q(name):
     torch.manual_seed(0)
-    z, q, g = (
-        torch.randn(6, 5, dtype=torch.float64),
-        torch.randn(4, 6, 5, dtype=torch.float64),
-        torch.randn(4, 6, 5, dtype=torch.float64),
-    )
+    z = torch.randn(6, 5, dtype=torch.float64)
+    q, g = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     task = lambda z, q, g: (estimate(z, q, RULES[name]) * g).sum()
     ours = vmap(grad(task, (0, 1)), (None, 0, 0))(z, q, g)
     for i in range(4):
@@ -128,13 +106,11 @@ def test_an_ensemble_evaluates_as_one(options):
     parts, parameters, buffers, z = ensemble(**options)
     for part in parts:
         part.eval()
-    out = vmap(lambda p, b, z: functional_call(parts[0], (p, b), (z,)))(parameters, buffers, z)
-    for one, (z_q, codes, loss) in zip((part(x) for part, x in zip(parts, z)), zip(*out)):
-        assert (
-            torch.equal(z_q, one.z_q)
-            and torch.equal(codes, one.codes)
-            and torch.allclose(loss, one.loss)
-        )
+    stacked = vmap(lambda p, b, z: functional_call(parts[0], (p, b), (z,)))
+    for part, x, (z_q, codes, loss) in zip(parts, z, zip(*stacked(parameters, buffers, z))):
+        one = part(x)
+        assert torch.equal(z_q, one.z_q) and torch.equal(codes, one.codes)
+        assert torch.allclose(loss, one.loss)
 
 
 @pytest.mark.parametrize(
@@ -151,17 +127,17 @@ def test_an_ensemble_learns_as_one(options):
     parts, parameters, buffers, z = ensemble(**options)
 
     def task(p, b, z):
-        out = functional_call(parts[0], (p, b), (z,))
-        return out.z_q.pow(2).sum() + out.loss
+        result = functional_call(parts[0], (p, b), (z,))
+        return result.z_q.pow(2).sum() + result.loss
 
     to_weights, to_z = vmap(grad(task, (0, 2)))(parameters, buffers, z)
     for i, part in enumerate(parts):
         leaf = z[i].clone().requires_grad_()
-        out = part(leaf)
-        (out.z_q.pow(2).sum() + out.loss).backward()
-        assert torch.allclose(to_z[i], leaf.grad, atol=1e-6) and torch.allclose(
-            to_weights["book.weight"][i], part.book.weight.grad, atol=1e-6
-        )
+        result = part(leaf)
+        (result.z_q.pow(2).sum() + result.loss).backward()
+        weight = part.book.weight
+        assert torch.allclose(to_z[i], leaf.grad, atol=1e-6)
+        assert torch.allclose(to_weights["book.weight"][i], weight.grad, atol=1e-6)
         assert part.book.weight.grad.abs().max() > 0
 
 
@@ -191,12 +167,8 @@ def test_the_nearest_code_is_never_farther_than_any_other(
     codes = nearest(z, codebook, exact=decided)
     excess = distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)
     assert codes.shape == (n,) and codes.dtype == torch.int64
-    if decided:
-        assert (excess == 0).all()
-    else:
-        assert (
-            excess <= 4e-7 * (z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max())
-        ).all()
+    size = z.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).max()
+    assert (excess <= (0 if decided else 4e-7 * size)).all()
 
 
 @given(
@@ -214,13 +186,10 @@ def test_perplexity_and_usage_lie_where_they_must(drawn):
     assert 1 / k <= usage(counts) <= min(1, len(codes) / k) + 1e-12
 
 
-# lfq and bsq reward diversity, and sq's posterior entropy counts against its loss: these may be negative. exact and hessian have vq's loss.
-NEVER_NEGATIVE = [
-    spec
-    for spec in recipes()
-    if spec.split(" + ")[0] not in ("lfq", "bsq", "sq")
-    and not {"exact", "hessian"} & set(spec.split(" + "))
-]
+# lfq and bsq reward diversity, and sq's posterior entropy counts against its loss: these may be
+# negative. exact and hessian have vq's loss.
+OTHERS = {"lfq", "bsq", "sq", "exact", "hessian"}
+NEVER_NEGATIVE = [spec for spec in recipes() if not OTHERS & set(spec.split(" + "))]
 
 
 @pytest.mark.parametrize("spec", NEVER_NEGATIVE)
