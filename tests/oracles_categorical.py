@@ -1,4 +1,7 @@
-"""The categorical quantizers as their papers have them, in float64 and in the plainest way: n x k and n x k x d matrices welcome."""
+"""Gumbel, SQ-VAE and router as their papers have them, in float64 and in the plainest way.
+
+Matrices of n x k and n x k x d are welcome here.
+"""
 
 from functools import partial
 import math
@@ -21,7 +24,7 @@ def kl_to_uniform(p):
 
 
 def gumbel(quantizer, z, p):
-    "Jang et al. 2017 with the KL term of taming-transformers; ReinMax by its definition (Liu et al. 2023)."
+    "Jang et al. 2017 with taming-transformers' KL term; ReinMax by definition (Liu et al. 2023)."
     E, logits = p["book.weight"], z @ p["head.weight"].T + p["head.bias"]
     probabilities, tau = torch.softmax(logits, 1), float(quantizer.temperature)
     noisy = logits + noise(logits)
@@ -37,7 +40,10 @@ def gumbel(quantizer, z, p):
 
 
 def sq(quantizer, z, p):
-    "SQ-VAE, Gaussian I to IV (Takida et al. 2022), with its (n, k, d) differences; pictures are the first dimension of z."
+    """SQ-VAE, Gaussian I to IV (Takida et al. 2022), with its (n, k, d) differences.
+
+    Images are the first dimension of z.
+    """
     E, x = p["book.weight"], z.reshape(-1, z.shape[-1])
     if quantizer.variant == 1:
         v = torch.zeros(len(x), 1, dtype=torch.float64)
@@ -51,16 +57,20 @@ def sq(quantizer, z, p):
     probabilities = torch.softmax(logits, 1)
     noisy = logits + noise(logits)
     z_q = torch.softmax(noisy / float(quantizer.temperature), 1) @ E
-    loss = (
-        (probabilities * probabilities.log()).sum() + ((x - z_q).pow(2) / (2 * var)).sum()
-    ) / len(z)
-    return z_q.reshape(z.shape), noisy.argmax(1).reshape(z.shape[:-1]), quantizer.weight * loss
+    entropy, distance = (probabilities * probabilities.log()).sum(), (x - z_q).pow(2) / (2 * var)
+    loss = quantizer.weight * (entropy + distance.sum()) / len(z)
+    return z_q.reshape(z.shape), noisy.argmax(1).reshape(z.shape[:-1]), loss
 
 
 def router(quantizer, z, p):
-    "Top-1 softmax router: dense as IBQ's one-hot + p - sg(p) (Shi et al. 2024), switch as p_code / sg(p_code) (Fedus et al. 2022)."
+    """Top-1 softmax router.
+
+    dense: IBQ's one-hot + p - sg(p) (Shi et al. 2024).
+    switch: p_code / sg(p_code) (Fedus et al. 2022).
+    """
     E = p["book.weight"]
-    logits = z @ (E if quantizer.tied else p["keys"]).T + (p["bias"] if "bias" in p else 0)
+    keys = E if quantizer.tied else p["keys"]
+    logits = z @ keys.T + p.get("bias", 0)
     probabilities, codes = torch.softmax(logits, 1), logits.argmax(1)
     hard = onehot(codes, len(E))
     if quantizer.gate == "dense":
@@ -71,15 +81,12 @@ def router(quantizer, z, p):
     loss = z.new_zeros(())
     if quantizer.alpha:
         q = hard @ E
-        loss = quantizer.alpha * (
-            (1 - quantizer.beta) * (z - q.detach()).pow(2).mean()
-            + quantizer.beta * (q - z.detach()).pow(2).mean()
-        )
+        to_z, to_q = (z - q.detach()).pow(2).mean(), (q - z.detach()).pow(2).mean()
+        loss = quantizer.alpha * ((1 - quantizer.beta) * to_z + quantizer.beta * to_q)
     if quantizer.entropy:
         t = torch.softmax(logits / quantizer.entropy_temperature, 1)
-        loss = loss + quantizer.entropy * (
-            -(t * t.log()).sum(1).mean() + (t.mean(0) * t.mean(0).log()).sum()
-        )
+        each, joint = (t * t.log()).sum(1).mean(), (t.mean(0) * t.mean(0).log()).sum()
+        loss = loss + quantizer.entropy * (joint - each)
     return out, codes, loss
 
 
@@ -106,6 +113,10 @@ def started(dim, num_codes, kind, keywords):
     return quantizer
 
 
+ALL = dict(
+    tied=True, bias=True, alpha=1.25, entropy=0.1, entropy_temperature=0.5, init_scale=1.0
+)
+WIDER = dict(gate="switch", bias=True, code_dim=19)
 ORACLES = {
     "gumbel": (built(GumbelQuantizer, kl=0.3), gumbel),
     "gumbel (cold)": (built(GumbelQuantizer, temperature=0.5), gumbel),
@@ -122,22 +133,8 @@ ORACLES = {
     "router (commitment)": (built(RouterQuantizer, alpha=5.0, beta=0.9), router),
     "router (entropy)": (built(RouterQuantizer, entropy=0.3, entropy_temperature=0.5), router),
     "router + tied": (built(RouterQuantizer, tied=True), router),
-    "router + tied (all)": (
-        built(
-            RouterQuantizer,
-            tied=True,
-            bias=True,
-            alpha=1.25,
-            entropy=0.1,
-            entropy_temperature=0.5,
-            init_scale=1.0,
-        ),
-        router,
-    ),
+    "router + tied (all)": (built(RouterQuantizer, **ALL), router),
     "router + switch": (built(RouterQuantizer, gate="switch"), router),
-    "router + switch (bias, wider)": (
-        built(RouterQuantizer, gate="switch", bias=True, code_dim=19),
-        router,
-    ),
+    "router + switch (bias, wider)": (built(RouterQuantizer, **WIDER), router),
     "router + switch + tied": (built(RouterQuantizer, gate="switch", tied=True, bias=True), router),
 }

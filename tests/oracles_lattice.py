@@ -1,4 +1,4 @@
-"""FSQ, LFQ and BSQ as their papers write them: every code written out, nearest by n x k distances, probabilities as n x k matrices."""
+"""FSQ, LFQ and BSQ as their papers write them: every code written out, n x k matrices."""
 
 import itertools
 from functools import partial
@@ -17,41 +17,35 @@ def outwards(q, p):
 
 
 def corners(values):
-    "All combinations of one value a coordinate, the first coordinate the fastest."
-    return torch.tensor(
-        [combination[::-1] for combination in itertools.product(*values[::-1])], dtype=torch.float64
-    )
+    "All combinations of one value per coordinate, the first coordinate the fastest."
+    rows = [combination[::-1] for combination in itertools.product(*values[::-1])]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def passed(x, q, rotate):
-    "q with the straight-through gradient, or the rotated and scaled one by its d x d matrix; straight-through where q is 0, which has no direction."
+    """q with the straight-through gradient, or the rotated and scaled one by its d x d matrix.
+
+    Straight-through where q is 0, which has no direction.
+    """
     through = x + (q - x).detach()
     if not rotate:
         return through
-    there = q.norm(dim=1) > 0
     e, u = F.normalize(x.detach(), dim=1), F.normalize(q, dim=1)
     w = F.normalize(e + u, dim=1)
-    R = (
-        torch.eye(x.shape[1], dtype=x.dtype)
-        - 2 * w[:, :, None] * w[:, None]
-        + 2 * u[:, :, None] * e[:, None]
-    )
-    turned = (q.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True)).detach() * (
-        R @ x[..., None]
-    )[..., 0]
-    return torch.where(there[:, None], turned, through)
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    R = eye - 2 * w[:, :, None] * w[:, None] + 2 * u[:, :, None] * e[:, None]
+    scale = (q.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True)).detach()
+    turned = scale * (R @ x[..., None])[..., 0]
+    return torch.where(q.norm(dim=1, keepdim=True) > 0, turned, through)
 
 
 def fsq(quantizer, z, p, rotate=False):
     x, columns, values = inwards(z, p), [], []
     for i, size in enumerate(quantizer.levels):
-        half, offset = (
-            torch.tensor((size - 1) * 0.999 / 2, dtype=torch.float64),
-            0.5 * (size % 2 == 0),
-        )
-        columns.append(
-            (torch.tanh(x[:, i] + torch.tan(offset / half)) * half - offset) / (size // 2)
-        )
+        half = torch.tensor((size - 1) * 0.999 / 2, dtype=torch.float64)
+        offset = 0.5 * (size % 2 == 0)
+        bounded = torch.tanh(x[:, i] + torch.tan(offset / half)) * half - offset
+        columns.append(bounded / (size // 2))
         values.append([(j - size // 2) / (size // 2) for j in range(size)])
     bounded, codebook = torch.stack(columns, 1), corners(values)
     codes = (bounded[:, None] - codebook).pow(2).sum(-1).argmin(1)
@@ -85,21 +79,18 @@ def twos(dim, num_codes, **keywords):
     return FSQ(dim, num_codes, levels=[2] * (num_codes.bit_length() - 1), **keywords)
 
 
+SOFT = dict(temperature=2.0, diversity=0.7, entropy=0.5, commitment=0.3)
+JOINT = dict(commitment=0.25, group=18, temperature=0.3)
+spherical = partial(signs, spherical=True)
 ORACLES = {
     "fsq": (FSQ, fsq),
     "fsq, two levels each": (twos, fsq),
     "fsq + rotation": (partial(twos, rule=rotation()), partial(fsq, rotate=True)),
     "lfq": (LFQ, signs),
-    "lfq, a soft temperature": (
-        partial(LFQ, temperature=2.0, diversity=0.7, entropy=0.5, commitment=0.3),
-        signs,
-    ),
+    "lfq, a soft temperature": (partial(LFQ, **SOFT), signs),
     "lfq, in groups of two": (partial(LFQ, temperature=1.0, group=2), signs),
     "lfq + rotation": (partial(LFQ, rule=rotation()), partial(signs, rotate=True)),
-    "bsq": (BSQ, partial(signs, spherical=True)),
-    "bsq, committed and joint": (
-        partial(BSQ, commitment=0.25, group=18, temperature=0.3),
-        partial(signs, spherical=True),
-    ),
-    "bsq + rotation": (partial(BSQ, rule=rotation()), partial(signs, spherical=True, rotate=True)),
+    "bsq": (BSQ, spherical),
+    "bsq, committed and joint": (partial(BSQ, **JOINT), spherical),
+    "bsq + rotation": (partial(BSQ, rule=rotation()), partial(spherical, rotate=True)),
 }

@@ -1,141 +1,61 @@
-"""Gumbel, SQ-VAE and router: known answers, distributions, memory, bad arguments, peers. What every quantizer must keep is in test_quantizers."""
+"""Gumbel, SQ-VAE and router: known answers, distributions, memory, bad arguments, peers.
+
+What every quantizer must keep is in test_quantizers.
+"""
 
 import math
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles_categorical import ORACLES, router
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqstudy.gumbel import GumbelQuantizer
 from vqstudy.logits import route, sharp
 from vqstudy.router import RouterQuantizer, attend
 from vqstudy.sqvae import SQQuantizer
 
+NUMBER = "must be a finite number"
+BAD = [  # kind, arguments, error, message
+    (GumbelQuantizer, dict(dim=0), ValueError, "dim must be at least 1, got 0"),
+    (GumbelQuantizer, dict(num_codes=2.5), TypeError, "num_codes must be an int, got 2.5"),
+    (GumbelQuantizer, dict(kl=-1.0), ValueError, f"kl {NUMBER} at least 0, got -1.0"),
+    (GumbelQuantizer, dict(kl="much"), TypeError, "kl must be a number, got 'much'"),
+    (GumbelQuantizer, dict(hard=1), TypeError, "hard must be True or False, got 1"),
+    (GumbelQuantizer, dict(estimator="st"), ValueError, "'gumbel' or 'reinmax', got 'st'"),
+    (GumbelQuantizer, dict(estimator=None), TypeError, "estimator must be 'gumbel' or"),
+    (GumbelQuantizer, dict(hard=False, estimator="reinmax"), ValueError, "hard must be True"),
+    (GumbelQuantizer, dict(temperature=0.0), ValueError, f"temperature {NUMBER} above 0, got 0.0"),
+    (GumbelQuantizer, dict(final_temperature=math.inf), ValueError, f"final_temperature {NUMBER}"),
+    (SQQuantizer, dict(variant=0), ValueError, "variant must be 1, 2, 3 or 4, got 0"),
+    (SQQuantizer, dict(variant="IV"), TypeError, "variant must be 1, 2, 3 or 4, got 'IV'"),
+    (SQQuantizer, dict(weight=-1), ValueError, f"weight {NUMBER} at least 0"),
+    (SQQuantizer, dict(temperature=True), TypeError, "temperature must be a number, got True"),
+    (RouterQuantizer, dict(num_codes=0), ValueError, "num_codes must be at least 1, got 0"),
+    (RouterQuantizer, dict(tied=None), TypeError, "tied must be True or False, got None"),
+    (RouterQuantizer, dict(gate="moe"), ValueError, "gate must be 'dense' or 'switch', got 'moe'"),
+    (RouterQuantizer, dict(init="kmeans"), ValueError, "init must be 'normal' or 'copy', got 'kmeans'"),
+    (RouterQuantizer, dict(init_scale=-0.1), ValueError, f"init_scale {NUMBER} above 0, got -0.1"),
+    (RouterQuantizer, dict(tied=True, init="copy"), ValueError, "init must be 'normal' for a tied router"),
+    (RouterQuantizer, dict(code_dim=0), ValueError, "code_dim must be at least 1, got 0"),
+    (RouterQuantizer, dict(code_dim=8, tied=True), ValueError, "code_dim must be dim = 4 .* got 8"),
+    (RouterQuantizer, dict(code_dim=8, init="copy"), ValueError, "code_dim must be dim = 4"),
+    (RouterQuantizer, dict(code_dim=8, alpha=1.0), ValueError, "code_dim must be dim = 4"),
+    (RouterQuantizer, dict(beta=1.1), ValueError, f"beta {NUMBER} at least 0 and at most 1, got 1.1"),
+    (RouterQuantizer, dict(entropy=-0.1), ValueError, f"entropy {NUMBER} at least 0"),
+    (RouterQuantizer, dict(entropy_temperature=0), ValueError, f"entropy_temperature {NUMBER} above 0"),
+    (RouterQuantizer, dict(bias=0), TypeError, "bias must be True or False, got 0"),
+]
 
-@pytest.mark.parametrize(
-    "make,error,words",
-    [
-        (lambda: GumbelQuantizer(0, 4), ValueError, "dim must be at least 1, got 0"),
-        (lambda: GumbelQuantizer(4, 2.5), TypeError, "num_codes must be an int, got 2.5"),
-        (
-            lambda: GumbelQuantizer(4, 4, kl=-1.0),
-            ValueError,
-            "kl must be finite and at least 0, got -1.0",
-        ),
-        (lambda: GumbelQuantizer(4, 4, kl="much"), TypeError, "kl must be a number, got 'much'"),
-        (
-            lambda: GumbelQuantizer(4, 4, hard=1),
-            TypeError,
-            "hard must be one of True, False, got 1",
-        ),
-        (
-            lambda: GumbelQuantizer(4, 4, estimator="st"),
-            ValueError,
-            "'gumbel', 'reinmax', got 'st'",
-        ),
-        (lambda: GumbelQuantizer(4, 4, estimator=None), TypeError, "estimator must be one of"),
-        (
-            lambda: GumbelQuantizer(4, 4, hard=False, estimator="reinmax"),
-            ValueError,
-            "hard must be True",
-        ),
-        (
-            lambda: GumbelQuantizer(4, 4, temperature=0.0),
-            ValueError,
-            "temperature must be finite and above 0, got 0.0",
-        ),
-        (
-            lambda: GumbelQuantizer(4, 4, final_temperature=math.inf),
-            ValueError,
-            "final_temperature must be finite",
-        ),
-        (
-            lambda: GumbelQuantizer(4, 4).anneal(1.5),
-            ValueError,
-            r"progress must lie in 0\.\.1, got 1.5",
-        ),
-        (
-            lambda: SQQuantizer(4, 4, variant=0),
-            ValueError,
-            "variant must be one of 1, 2, 3, 4, got 0",
-        ),
-        (
-            lambda: SQQuantizer(4, 4, variant="IV"),
-            TypeError,
-            "variant must be one of 1, 2, 3, 4, got 'IV'",
-        ),
-        (lambda: SQQuantizer(4, 4, weight=-1), ValueError, "weight must be finite and at least 0"),
-        (
-            lambda: SQQuantizer(4, 4, temperature=True),
-            TypeError,
-            "temperature must be a number, got True",
-        ),
-        (lambda: RouterQuantizer(4, 0), ValueError, "num_codes must be at least 1, got 0"),
-        (
-            lambda: RouterQuantizer(4, 4, tied=None),
-            TypeError,
-            "tied must be one of True, False, got None",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, gate="moe"),
-            ValueError,
-            "gate must be one of 'dense', 'switch', got 'moe'",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, init="kmeans"),
-            ValueError,
-            "init must be one of 'normal', 'copy', got 'kmeans'",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, init_scale=-0.1),
-            ValueError,
-            "init_scale must be finite and above 0, got -0.1",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, tied=True, init="copy"),
-            ValueError,
-            "init must be 'normal' for a tied router",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, code_dim=0),
-            ValueError,
-            "code_dim must be at least 1, got 0",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, code_dim=8, tied=True),
-            ValueError,
-            "code_dim must be dim = 4 .* got 8",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, code_dim=8, init="copy"),
-            ValueError,
-            "code_dim must be dim = 4",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, code_dim=8, alpha=1.0),
-            ValueError,
-            "code_dim must be dim = 4",
-        ),
-        (lambda: RouterQuantizer(4, 4, beta=1.1), ValueError, r"beta must lie in 0\.\.1, got 1.1"),
-        (
-            lambda: RouterQuantizer(4, 4, entropy=-0.1),
-            ValueError,
-            "entropy must be finite and at least 0",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, entropy_temperature=0),
-            ValueError,
-            "entropy_temperature must be finite and above 0",
-        ),
-        (
-            lambda: RouterQuantizer(4, 4, bias=0),
-            TypeError,
-            "bias must be one of True, False, got 0",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(make, error, words):
+
+@pytest.mark.parametrize("kind,given,error,words", BAD)
+def test_bad_arguments_are_named(kind, given, error, words):
     with pytest.raises(error, match=words):
-        make()
+        kind(**{"dim": 4, "num_codes": 4} | given)
+
+
+def test_bad_progress_is_named():
+    with pytest.raises(ValueError, match=f"progress {NUMBER} at least 0 and at most 1, got 1.5"):
+        GumbelQuantizer(4, 4).anneal(1.5)
 
 
 # --- Known answers
@@ -151,7 +71,10 @@ def test_training_codes_are_drawn_from_the_softmax(estimator):
 
 
 def test_reinmax_is_unbiased_for_a_quadratic_loss_through_the_quantizer():
-    "The mean over draws of dL/dz, L = |z_q - t|^2, against the derivative of sum_i p_i |E_i - t|^2; straight-through Gumbel misses it."
+    """The mean over draws of dL/dz, L = |z_q - t|^2, is the derivative of sum_i p_i |E_i - t|^2.
+
+    Straight-through Gumbel misses it.
+    """
     torch.manual_seed(0)
     target, start = torch.randn(2, 3, dtype=torch.float64)
     errors = {}
@@ -159,10 +82,9 @@ def test_reinmax_is_unbiased_for_a_quadratic_loss_through_the_quantizer():
         torch.manual_seed(1)
         quantizer = GumbelQuantizer(3, 4, kl=0.0, estimator=estimator).double()
         leaf = start.clone().requires_grad_()
-        (exact,) = torch.autograd.grad(
-            (quantizer.head(leaf).softmax(0) * (quantizer.codebook - target).pow(2).sum(1)).sum(),
-            leaf,
-        )
+        losses = (quantizer.codebook - target).pow(2).sum(1)
+        expected = (quantizer.head(leaf).softmax(0) * losses).sum()
+        (exact,) = torch.autograd.grad(expected, leaf)
         z = start.expand(400000, 3).clone().requires_grad_()
         (quantizer(z).z_q - target).pow(2).sum().backward()
         error = z.grad.std(0) / 400000**0.5
@@ -174,15 +96,12 @@ def test_sq_is_vq_where_the_variance_vanishes():
     torch.manual_seed(0)
     quantizer, z = SQQuantizer(4, 16, 1), torch.randn(100, 4)
     quantizer.head = torch.nn.Linear(4, 1)
-    (
-        quantizer.head.weight.data.zero_(),
-        quantizer.head.bias.data.fill_(-9),
-        quantizer.log_scale.data.fill_(-9),
-    )
+    quantizer.head.weight.data.zero_()
+    quantizer.head.bias.data.fill_(-9)
+    quantizer.log_scale.data.fill_(-9)
     out = quantizer(z)
-    assert torch.equal(out.codes, torch.cdist(z, quantizer.codebook).argmin(1)) and torch.allclose(
-        out.z_q, quantizer.codebook[out.codes], atol=1e-5
-    )
+    assert torch.equal(out.codes, torch.cdist(z, quantizer.codebook).argmin(1))
+    assert torch.allclose(out.z_q, quantizer.codebook[out.codes], atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3])
@@ -194,7 +113,7 @@ def test_sq_with_one_variance_takes_the_nearest_code(variant):
 
 
 def test_sq_objective_is_the_bound_of_its_decoder():
-    "size/2 log(SSE) differs by a constant from the Gaussian log-likelihood with its variance at the best value, SSE / size."
+    "size/2 log(SSE) and the Gaussian log-likelihood at its best variance differ by a constant."
     size, sse = 3072, torch.tensor([3.0, 40.0], dtype=torch.float64)
     likelihood = size / 2 * (2 * math.pi * sse / size).log() + size / 2
     ours = SQQuantizer(4, 4).objective(sse / size, size)
@@ -207,33 +126,30 @@ def test_ties_and_far_vectors_stay_finite():
         z = torch.cat([torch.zeros(2, 8), 20 * torch.randn(6, 8)]).requires_grad_()
         out = quantizer(z)
         (out.z_q.sum() + out.loss).backward()
-        assert (
-            out.loss.isfinite()
-            and z.grad.isfinite().all()
-            and all(p.grad.isfinite().all() for p in quantizer.parameters() if p.grad is not None)
-        ), name
+        grads = [p.grad for p in quantizer.parameters() if p.grad is not None]
+        assert out.loss.isfinite() and z.grad.isfinite().all(), name
+        assert all(grad.isfinite().all() for grad in grads), name
+
+
+SIZES = [  # n, d, e, k: odd widths, one tile, several tiles
+    (37, 1, 1, 1),
+    (37, 7, 3, 5),
+    (1, 3, 9, 300),
+    (37, 64, 64, 129),
+    (600, 3, 2, 4100),
+    (1500, 2, 5, 2049),
+]
 
 
 def test_route_and_attend_in_tiles_and_at_odd_widths():
     torch.manual_seed(0)
-    for n, d, e, k in (
-        (37, 1, 1, 1),
-        (37, 7, 3, 5),
-        (1, 3, 9, 300),
-        (37, 64, 64, 129),
-        (600, 3, 2, 4100),
-        (1500, 2, 5, 2049),
-    ):
-        x, W, E, b = (
-            torch.randn(n, d).double(),
-            torch.randn(k, d).double(),
-            torch.randn(k, e).double(),
-            torch.randn(k).double(),
-        )
-        assert torch.equal(route(x, W, b), (x @ W.T + b).argmax(1)) and torch.equal(
-            route(x, W), (x @ W.T).argmax(1)
-        )
-        assert torch.allclose(attend(x, W, E, b), (x @ W.T + b).softmax(1) @ E, atol=1e-12)
+    for n, d, e, k in SIZES:
+        shapes = (n, d), (k, d), (k, e), (k,)
+        x, W, E, b = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+        logits = x @ W.T + b
+        assert torch.equal(route(x, W, b), logits.argmax(1))
+        assert torch.equal(route(x, W), (x @ W.T).argmax(1))
+        assert torch.allclose(attend(x, W, E, b), logits.softmax(1) @ E, atol=1e-12)
 
 
 def test_of_equal_logits_the_first_code_is_taken_across_tiles_too():
@@ -242,52 +158,44 @@ def test_of_equal_logits_the_first_code_is_taken_across_tiles_too():
     assert (route(x, W) == 31).all() and (route(x, W[32:]) == 2015).all()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bias": True, "code_dim": 5},
-        {"tied": True, "bias": True},
-        {"gate": "switch", "bias": True},
-        {"gate": "switch", "tied": True},
-        {"entropy": 2.0, "entropy_temperature": 0.3, "bias": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_gradients_over_many_tiles(options, dtype, bound):
-    "More vectors and codes than a tile has, neither a multiple of it; relative to the naive form in float64."
+OPTIONS = [
+    {},
+    {"bias": True, "code_dim": 5},
+    {"tied": True, "bias": True},
+    {"gate": "switch", "bias": True},
+    {"gate": "switch", "tied": True},
+    {"entropy": 2.0, "entropy_temperature": 0.3, "bias": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_over_many_tiles(options):
+    "More vectors and codes than a tile has, neither a multiple of it, against the naive float64."
     torch.manual_seed(0)
     quantizer = RouterQuantizer(16, 4500, init_scale=1.0, **options).double()
     if quantizer.bias is not None:
         torch.nn.init.normal_(quantizer.bias)
-    z, g = (
-        torch.randn(1100, 16).double().requires_grad_(),
-        torch.randn(1100, quantizer.code_dim).double(),
-    )
-    out, _, loss = router(quantizer, z, dict(quantizer.named_parameters()))
-    wanted = torch.autograd.grad((out * g).sum() + loss, (z, *quantizer.parameters()))
-    z = z.detach().to(dtype).requires_grad_()
-    ours = quantizer.to(dtype)(z)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(
-            (ours.z_q * g.to(dtype)).sum() + ours.loss, (z, *quantizer.parameters())
-        )
-    assert all((a - b).norm() <= bound * b.norm() for a, b in zip(found, wanted)), [
-        ((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted)
-    ]
-    assert torch.equal(quantizer.encode(z), ours.codes)
+    z = torch.randn(1100, 16).double().requires_grad_()
+    g = torch.randn(1100, quantizer.code_dim).double()
+    q, _, loss = router(quantizer, z, dict(quantizer.named_parameters()))
+    wanted = torch.autograd.grad((q * g).sum() + loss, (z, *quantizer.parameters()))
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        x = z.detach().to(dtype).requires_grad_()
+        out = quantizer.to(dtype)(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            objective = (out.z_q * g.to(dtype)).sum() + out.loss
+            found = torch.autograd.grad(objective, (x, *quantizer.parameters()))
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+        assert all(error <= bound for error in errors), (dtype, errors)
+        assert torch.equal(quantizer.encode(x), out.codes)
 
 
 def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     quantizer, z = RouterQuantizer(8, 16), torch.randn(5, 8, requires_grad=True)
 
     def twice():
-        (grad,) = torch.autograd.grad(
-            (attend(z, quantizer.keys, quantizer.codebook) ** 2).sum(), z, create_graph=True
-        )
+        value = attend(z, quantizer.keys, quantizer.codebook).pow(2).sum()
+        (grad,) = torch.autograd.grad(value, z, create_graph=True)
         return torch.autograd.grad(grad.sum(), z)[0]
 
     (grad,) = torch.autograd.grad(quantizer(z).z_q.pow(2).sum(), z, create_graph=True)
@@ -306,58 +214,42 @@ def test_a_router_without_a_decoder_gradient_learns_nothing():
 
 
 def test_sharp_takes_any_mixture():
-    E = torch.randn(6, 3, requires_grad=True)
-    mixture, codes, g = (
-        torch.randn(4, 3, requires_grad=True),
-        torch.tensor([0, 5, 5, 2]),
-        torch.randn(4, 3),
-    )
+    E, mixture = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    codes, g = torch.tensor([0, 5, 5, 2]), torch.randn(4, 3)
     sharp(mixture, codes, E).backward(g)
-    assert torch.equal(mixture.grad, g) and torch.allclose(
-        E.grad, torch.zeros(6, 3).index_add_(0, codes, g)
-    )
+    assert torch.equal(mixture.grad, g)
+    assert torch.allclose(E.grad, torch.zeros(6, 3).index_add_(0, codes, g))
 
 
 def test_a_tied_router_and_a_copy_start_alike():
     torch.manual_seed(0)
-    tied, copied = (
-        RouterQuantizer(8, 16, tied=True, init_scale=1.0),
-        RouterQuantizer(8, 16, init="copy", init_scale=1.0),
-    )
+    tied = RouterQuantizer(8, 16, tied=True, init_scale=1.0)
+    copied = RouterQuantizer(8, 16, init="copy", init_scale=1.0)
     with torch.no_grad():
-        copied.book.weight.copy_(tied.book.weight), copied.keys.copy_(tied.book.weight)
+        copied.book.weight.copy_(tied.book.weight)
+        copied.keys.copy_(tied.book.weight)
     z = torch.randn(20, 8)
-    a, b = tied(z), copied(z)
-    a.z_q.pow(2).sum().backward(), b.z_q.pow(2).sum().backward()
-    assert torch.equal(a.z_q, b.z_q) and torch.allclose(
-        tied.book.weight.grad, copied.book.weight.grad + copied.keys.grad, atol=1e-5
-    )
-    assert (
-        F.cosine_similarity(
-            tied.book.weight.grad.flatten(), copied.book.weight.grad.flatten(), dim=0
-        )
-        < 1
-    )
+    outputs = [quantizer(z).z_q for quantizer in (tied, copied)]
+    for z_q in outputs:
+        z_q.pow(2).sum().backward()
+    assert torch.equal(*outputs)
+    both, of_table = tied.book.weight.grad, copied.book.weight.grad
+    assert torch.allclose(both, of_table + copied.keys.grad, atol=1e-5)
+    assert F.cosine_similarity(both.flatten(), of_table.flatten(), dim=0) < 1
 
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_agrees_with_torch_gumbel_softmax(hard):
     torch.manual_seed(0)
-    quantizer, z, g = (
-        GumbelQuantizer(6, 12, kl=0.0, hard=hard, temperature=0.7),
-        torch.randn(50, 6, requires_grad=True),
-        torch.randn(50, 6),
-    )
+    quantizer = GumbelQuantizer(6, 12, kl=0.0, hard=hard, temperature=0.7)
+    z, g = torch.randn(50, 6, requires_grad=True), torch.randn(50, 6)
     torch.manual_seed(1)
     out = quantizer(z)
     torch.manual_seed(1)
     weights = F.gumbel_softmax(quantizer.head(z), tau=0.7, hard=hard)
-    assert torch.equal(out.codes, weights.argmax(1)) and torch.allclose(
-        out.z_q, weights @ quantizer.codebook, atol=1e-5
-    )
+    theirs = weights @ quantizer.codebook
+    assert torch.equal(out.codes, weights.argmax(1))
+    assert torch.allclose(out.z_q, theirs, atol=1e-5)
     leaves = (z, *quantizer.parameters())
-    for ours, theirs in zip(
-        torch.autograd.grad(out.z_q, leaves, g),
-        torch.autograd.grad(weights @ quantizer.codebook, leaves, g),
-    ):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    grads = (torch.autograd.grad(q, leaves, g) for q in (out.z_q, theirs))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))

@@ -1,14 +1,20 @@
-"""Sinkhorn's plan and its codes: marginals, the exact transport, the naive iterations in float64, dtypes, extremes, several processes, bad arguments."""
+"""Sinkhorn's plan and its codes: marginals, the exact transport, naive iterations in float64.
 
-import os
-import subprocess
-import sys
+Also dtypes, extremes, several processes and bad arguments.
+"""
+
 import numpy as np
 import pytest
 import torch
+from processes import in_processes
 from scipy.optimize import linear_sum_assignment, linprog
+from vqstudy.lattice import entropies
 from vqstudy.search import nearest
 from vqstudy.transport import sinkhorn, sinkhorn_codes
+
+
+def random_cost(n, k, dtype=torch.float64):
+    return torch.rand(n, k, dtype=dtype, generator=torch.Generator().manual_seed(n))
 
 
 def naive(cost, epsilon, iterations):
@@ -34,7 +40,7 @@ def naive_log(cost, epsilon, iterations):
 
 
 def authors(cost, factor, iterations):
-    "The released OptVQ's plan: factor in the place of 1 / epsilon, normalised cost, a matrix that is scaled in turn."
+    "The released OptVQ's plan: `factor` for 1 / epsilon, normalised cost, a matrix scaled in turn."
     C = cost.double()
     C = (C - C.mean()) / (C.std() + 1e-6)
     Q = torch.exp(-(C - C.min()) * factor)
@@ -51,29 +57,27 @@ SIZES = [(1, 1), (1, 5), (6, 1), (30, 7), (7, 30), (64, 64)]
 @pytest.mark.parametrize("iterations", [1, 5, 50])
 @pytest.mark.parametrize("dtype,error", [(torch.float64, 1e-13), (torch.float32, 2e-5)])
 def test_plan_is_the_naive_one(n, k, iterations, dtype, error):
-    cost = torch.rand(n, k, generator=torch.Generator().manual_seed(n)).to(dtype)
+    cost = random_cost(n, k, dtype)
     plan = sinkhorn(cost, 0.1, iterations)
-    assert (
-        plan.dtype == dtype
-        and np.abs(plan.double().numpy() - naive(cost, 0.1, iterations)).max() < error
-    )
-    assert np.abs(plan.double().numpy() - naive_log(cost, 0.1, iterations)).max() < error
+    assert plan.dtype == dtype
+    for written in (naive, naive_log):
+        assert np.abs(plan.double().numpy() - written(cost, 0.1, iterations)).max() < error
 
 
 @pytest.mark.parametrize("n,k", SIZES)
 def test_marginals(n, k):
-    plan = sinkhorn(
-        torch.rand(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), 0.2, 500
-    )
-    assert (plan.sum(1) * n - 1).abs().max() < 1e-12 and (plan.sum(0) * k - 1).abs().max() < 1e-8
-    one = sinkhorn(torch.rand(n, k, dtype=torch.float64), 0.2, 1)
-    assert (one.sum(1) * n - 1).abs().max() < 1e-12  # the rows are exact at every length
+    cost = random_cost(n, k)
+    one, many = sinkhorn(cost, 0.2, 1), sinkhorn(cost, 0.2, 500)
+    # the rows are exact after one iteration already
+    for plan in (one, many):
+        assert (plan.sum(1) * n - 1).abs().max() < 1e-12
+    assert (many.sum(0) * k - 1).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("n", [5, 12])
 def test_a_small_epsilon_gives_the_best_pairing(n):
-    cost = torch.rand(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    rows, columns = linear_sum_assignment(cost.numpy())
+    cost = random_cost(n, n)
+    _, columns = linear_sum_assignment(cost.numpy())
     assert sinkhorn(cost, 1e-3, 3000).argmax(1).tolist() == columns.tolist()
 
 
@@ -81,32 +85,25 @@ def test_cost_tends_to_the_linear_program():
     n, k = 6, 4
     cost = torch.rand(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows, columns = np.kron(np.eye(n), np.ones(k)), np.kron(np.ones(n), np.eye(k))
-    best = linprog(
-        cost.flatten().numpy(),
-        A_eq=np.vstack([rows, columns]),
-        b_eq=np.r_[np.full(n, 1 / n), np.full(k, 1 / k)],
-    ).fun
-    gaps = [
-        float((sinkhorn(cost, epsilon, 5000) * cost).sum()) - best
-        for epsilon in (0.3, 0.1, 0.03, 0.01)
-    ]
+    sides, sums = np.vstack([rows, columns]), np.r_[np.full(n, 1 / n), np.full(k, 1 / k)]
+    best = linprog(cost.flatten().numpy(), A_eq=sides, b_eq=sums).fun
+    plans = (sinkhorn(cost, epsilon, 5000) for epsilon in (0.3, 0.1, 0.03, 0.01))
+    gaps = [float((plan * cost).sum()) - best for plan in plans]
     assert all(a > b for a, b in zip(gaps, gaps[1:])) and 0 <= gaps[-1] < 5e-3
 
 
 def test_costs_beyond_the_range_of_exp():
     cost = 1e4 * torch.rand(40, 9, generator=torch.Generator().manual_seed(0))
     plan = sinkhorn(cost, 0.1, 5)
-    assert (
-        plan.isfinite().all() and (plan.sum(1) * 40 - 1).abs().max() < 0.05
-    )  # logarithms of 1e5 have 0.008 left in float32
+    # logarithms of 1e5 have 0.008 left in float32
+    assert plan.isfinite().all() and (plan.sum(1) * 40 - 1).abs().max() < 0.05
     assert np.abs(sinkhorn(cost.double(), 0.1, 5).numpy() - naive_log(cost, 0.1, 5)).max() < 1e-10
 
 
 def test_a_constant_changes_no_plan_and_a_factor_goes_with_epsilon():
-    cost = torch.rand(20, 6, dtype=torch.float64)
-    assert torch.allclose(
-        sinkhorn(cost, 0.1), sinkhorn(cost + 7, 0.1), atol=1e-12
-    ) and torch.allclose(sinkhorn(cost, 0.1), sinkhorn(3 * cost, 0.3), atol=1e-12)
+    cost = random_cost(20, 6)
+    assert torch.allclose(sinkhorn(cost, 0.1), sinkhorn(cost + 7, 0.1), atol=1e-12)
+    assert torch.allclose(sinkhorn(cost, 0.1), sinkhorn(3 * cost, 0.3), atol=1e-12)
 
 
 @pytest.mark.parametrize("n,k,d", [(8, 4, 2), (50, 16, 4), (300, 40, 8)])
@@ -114,36 +111,29 @@ def test_codes_are_those_of_the_released_method(n, k, d):
     torch.manual_seed(n)
     x, codebook = torch.randn(n, d, dtype=torch.float64) + 1, torch.randn(k, d, dtype=torch.float64)
     cost = (x[:, None] - codebook).norm(dim=-1)
-    cost_scale = cost.std(correction=0) / cost.std()  # theirs divides by the sample deviation
+    factor = float(cost.std() / cost.std(correction=0))  # theirs divides by the sample deviation
     plan = authors(cost, 10, 5)
-    codes = sinkhorn_codes(x, codebook, 0.1 / float(cost_scale), 5)
+    codes = sinkhorn_codes(x, codebook, 0.1 * factor, 5)
     top = plan.topk(2, 1).values
     clear = top[:, 0] > top[:, 1] * (1 + 1e-4)  # 1e-6 is added to their deviation
-    assert (
-        codes.dtype == torch.int64
-        and torch.equal(codes[clear], plan.argmax(1)[clear])
-        and clear.double().mean() > 0.9
-    )
+    assert codes.dtype == torch.int64 and clear.double().mean() > 0.9
+    assert torch.equal(codes[clear], plan.argmax(1)[clear])
 
 
 def test_codes_are_the_argmax_of_the_plan():
     torch.manual_seed(0)
     x, codebook = torch.randn(80, 3, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)
     cost = torch.cdist(x, codebook)
-    assert torch.equal(
-        sinkhorn_codes(x, codebook, 0.2, 7),
-        sinkhorn(cost / cost.std(correction=0), 0.2, 7).argmax(1),
-    )
+    plan = sinkhorn(cost / cost.std(correction=0), 0.2, 7)
+    assert torch.equal(sinkhorn_codes(x, codebook, 0.2, 7), plan.argmax(1))
 
 
 def test_codes_share_out_what_the_nearest_code_does_not():
     torch.manual_seed(0)
     x, codebook = torch.randn(1024, 4) + 3, 0.1 * torch.randn(32, 4)
     near, sent = nearest(x, codebook), sinkhorn_codes(x, codebook, 0.05, 50)
-    assert (
-        len(sent.unique()) > 1.5 * len(near.unique())
-        and sent.bincount(minlength=32).max() < 0.5 * near.bincount(minlength=32).max()
-    )
+    assert len(sent.unique()) > 1.5 * len(near.unique())
+    assert sent.bincount(minlength=32).max() < 0.5 * near.bincount(minlength=32).max()
 
 
 def test_one_vector_is_spread_over_all_codes():
@@ -157,131 +147,78 @@ def test_low_precision_is_decided_in_float32(dtype):
     x, codebook = torch.randn(200, 4).to(dtype), torch.randn(16, 4).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         codes = sinkhorn_codes(x, codebook)
-    assert (
-        torch.equal(codes, sinkhorn_codes(x.float(), codebook.float()))
-        and sinkhorn(torch.rand(4, 3).to(dtype)).dtype == torch.float32
-    )
+    assert torch.equal(codes, sinkhorn_codes(x.float(), codebook.float()))
+    assert sinkhorn(torch.rand(4, 3).to(dtype)).dtype == torch.float32
 
 
 def test_all_distances_alike():
-    assert torch.equal(
-        sinkhorn_codes(torch.zeros(3, 2), torch.zeros(2, 2)), torch.zeros(3, dtype=torch.int64)
-    )
+    codes = sinkhorn_codes(torch.zeros(3, 2), torch.zeros(2, 2))
+    assert torch.equal(codes, torch.zeros(3, dtype=torch.int64))
 
 
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, codebook = torch.randn(60, 4), torch.randn(8, 4)
-    assert torch.equal(
-        torch.compile(sinkhorn_codes, fullgraph=True, backend="aot_eager")(x, codebook),
-        sinkhorn_codes(x, codebook),
-    )
+    compiled = torch.compile(sinkhorn_codes, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, codebook), sinkhorn_codes(x, codebook))
 
 
-@pytest.mark.parametrize(
-    "make,error,words",
-    [
-        (lambda: sinkhorn(torch.zeros(3)), ValueError, r"cost must be \(n, k\), got shape \(3,\)"),
-        (lambda: sinkhorn(torch.zeros(0, 3)), ValueError, "cost must hold at least one"),
-        (lambda: sinkhorn(torch.full((2, 2), torch.nan)), ValueError, "cost must be finite"),
-        (lambda: sinkhorn([[1.0]]), TypeError, "cost must be a torch.Tensor"),
-        (
-            lambda: sinkhorn(torch.zeros(2, 2), epsilon=-1),
-            ValueError,
-            "epsilon must be a positive number, got -1",
-        ),
-        (
-            lambda: sinkhorn(torch.zeros(2, 2), epsilon="a"),
-            ValueError,
-            "epsilon must be a positive number, got 'a'",
-        ),
-        (
-            lambda: sinkhorn(torch.zeros(2, 2), iterations=0),
-            ValueError,
-            "iterations must be at least 1, got 0",
-        ),
-        (
-            lambda: sinkhorn(torch.zeros(2, 2), iterations=2.0),
-            TypeError,
-            "iterations must be an int, got 2.0",
-        ),
-        (
-            lambda: sinkhorn_codes(torch.zeros(2, 3), torch.zeros(2, 2)),
-            ValueError,
-            "x must have vectors of width 2",
-        ),
-        (
-            lambda: sinkhorn_codes(torch.zeros(2, 2), torch.zeros(0, 2)),
-            ValueError,
-            "codebook must hold at least one",
-        ),
-        (
-            lambda: sinkhorn_codes(torch.full((2, 2), torch.inf), torch.zeros(2, 2)),
-            ValueError,
-            "x must be finite",
-        ),
-    ],
-)
+ZEROS, NUMBER = torch.zeros(2, 2), "must be a finite number"
+BAD = [  # make, error, message
+    (lambda: sinkhorn(torch.zeros(3)), ValueError, r"cost must be \(n, k\), got shape \(3,\)"),
+    (lambda: sinkhorn(torch.zeros(0, 3)), ValueError, "cost must hold at least one"),
+    (lambda: sinkhorn(torch.full((2, 2), torch.nan)), ValueError, "cost must be finite"),
+    (lambda: sinkhorn([[1.0]]), TypeError, "cost must be a torch.Tensor"),
+    (lambda: sinkhorn(ZEROS, epsilon=-1), ValueError, f"epsilon {NUMBER} above 0, got -1"),
+    (lambda: sinkhorn(ZEROS, epsilon="a"), TypeError, "epsilon must be a number, got 'a'"),
+    (lambda: sinkhorn(ZEROS, iterations=0), ValueError, "iterations must be at least 1, got 0"),
+    (lambda: sinkhorn(ZEROS, iterations=2.0), TypeError, "iterations must be an int, got 2.0"),
+    (lambda: sinkhorn_codes(torch.zeros(2, 3), ZEROS), ValueError, "x must have vectors of width 2"),
+    (lambda: sinkhorn_codes(ZEROS, torch.zeros(0, 2)), ValueError, "codebook must hold at least one"),
+    (lambda: sinkhorn_codes(torch.full((2, 2), torch.inf), ZEROS), ValueError, "x must be finite"),
+]
+
+
+@pytest.mark.parametrize("make,error,words", BAD)
 def test_bad_arguments_are_named(make, error, words):
     with pytest.raises(error, match=words):
         make()
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from vqstudy.lattice import LFQ, entropies
-from vqstudy.transport import sinkhorn, sinkhorn_codes
-rank, path, sizes = int(sys.argv[1]), sys.argv[2], [int(s) for s in sys.argv[3].split(",")]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(sizes))
-torch.manual_seed(0)
-x, codebook, logits = torch.randn(sum(sizes), 3).double(), torch.randn(6, 3).double(), torch.randn(sum(sizes), 5).double()
-mine = [part[rank] for part in (x.split(sizes), logits.split(sizes))]
-own = mine[1].clone().requires_grad_()
-mean = entropies(own)[1]
-mean.backward()
-torch.save((sinkhorn(torch.cdist(mine[0], codebook)), sinkhorn_codes(mine[0], codebook), mean.detach(), own.grad * sizes[rank]), f"{path}/{rank}.pt")
-dist.destroy_process_group()
-"""
+SPLITS = ([5, 5, 5], [7, 3, 5])  # of 15 vectors over three processes
 
 
-@pytest.mark.parametrize("sizes", [[8, 8], [7, 3, 5]])
-def test_several_processes_are_one_on_the_joined_batch(tmp_path, sizes):
-    from vqstudy.lattice import entropies
-
-    path, env = str(tmp_path), os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), path, ",".join(map(str, sizes))],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(len(sizes))
-    ]
-    try:
-        for process in started:
-            errors = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in started:
-            process.kill()
+def batch():
     torch.manual_seed(0)
-    x, codebook, logits = (
-        torch.randn(sum(sizes), 3).double(),
-        torch.randn(6, 3).double(),
-        torch.randn(sum(sizes), 5).double().requires_grad_(),
-    )
-    plans, codes, means, grads = zip(
-        *(torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes)))
-    )
-    assert torch.allclose(
-        torch.cat(plans), sinkhorn(torch.cdist(x, codebook)), atol=1e-14
-    ) and torch.equal(torch.cat(codes), sinkhorn_codes(x, codebook))
+    shapes = (15, 3), (6, 3), (15, 5)
+    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+
+
+def results(x, codebook, logits):
+    "Plan, codes, entropy of the mean, and its gradient."
+    logits = logits.clone().requires_grad_()
     mean = entropies(logits)[1]
     mean.backward()
-    # each process's gradient is the joint one times (all vectors / its own): averaged over processes of one size, as DistributedDataParallel does, it is the joint one
-    assert all(abs(own - mean) < 1e-12 for own in means) and torch.allclose(
-        torch.cat(grads), logits.grad * sum(sizes), atol=1e-12
-    )
+    plan, codes = sinkhorn(torch.cdist(x, codebook)), sinkhorn_codes(x, codebook)
+    return plan, codes, mean.detach(), logits.grad
+
+
+def parts(rank):
+    "The results of one process, for each split."
+    x, codebook, logits = batch()
+    splits = ((x.split(sizes)[rank], codebook, logits.split(sizes)[rank]) for sizes in SPLITS)
+    return [results(*part) for part in splits]
+
+
+def test_several_processes_are_one_on_the_joined_batch(tmp_path):
+    plan, codes, mean, grad = results(*batch())
+    for sizes, ranks in zip(SPLITS, zip(*in_processes(3, tmp_path, parts, timeout=120))):
+        plans, their_codes, means, grads = zip(*ranks)
+        assert torch.allclose(torch.cat(plans), plan, atol=1e-14)
+        assert torch.equal(torch.cat(their_codes), codes)
+        assert all(abs(own - mean) < 1e-12 for own in means)
+        # each gradient is the joint one times (all vectors / its own): averaged over processes of
+        # one size, as DistributedDataParallel does, it is the joint one
+        joint = torch.cat([own * size / 15 for own, size in zip(grads, sizes)])
+        assert torch.allclose(joint, grad, atol=1e-12)

@@ -41,7 +41,7 @@ def _affine(dim: int, affine_lr: float, affine_groups: int, max_norm: float | No
 def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
     return {"rule": synchronized(nu), "alternate": True, "commit_encoder": commit_encoder}
 
-# %% ../nbs/lib/03_quantizers.ipynb #5599a0ce
+# %% ../nbs/lib/03_quantizers.ipynb #ee5e9746
 _OPTIONS = {
     # the codebook and its upkeep
     "l2": _Option("z and the code vectors are normalised", lambda dim: {"l2": True}),
@@ -170,7 +170,7 @@ def _parse(spec: str) -> tuple[str, list[str]]:
             raise ValueError(f"{words} in recipe {spec!r}; {known}")
     return base, options
 
-# %% ../nbs/lib/03_quantizers.ipynb #200d3720
+# %% ../nbs/lib/03_quantizers.ipynb #901ce8d9
 def keywords(spec: str) -> tuple[str, ...]:
     "The keywords that `recipe` takes for this recipe. Raises as `recipe` does."
     base, options = _parse(spec)
@@ -179,7 +179,7 @@ def keywords(spec: str) -> tuple[str, ...]:
         names += _OPTIONS[option].keywords
     return tuple(names)
 
-# %% ../nbs/lib/03_quantizers.ipynb #117f9fb1
+# %% ../nbs/lib/03_quantizers.ipynb #1aeb55bf
 def _taken(names: tuple[str, ...] | dict, given: dict) -> dict:
     "What was given under these names."
     return {name: given[name] for name in names if name in given}
