@@ -96,6 +96,7 @@ class Autoencoder(nn.Module):
         if whole("channels", channels, least=2) % 2:
             raise ValueError(f"channels must be even, got {channels}")
         _check_quantizer(quantizer, channels)
+        # Encoder before decoder: initial values are drawn in this order.
         self.encoder = encoder(size, channels)
         self.quantizer = quantizer
         self.decoder = decoder(size, channels)
@@ -199,7 +200,7 @@ def classification_loss(
         "train_accuracy": right,
     }
 
-# %% ../nbs/lib/07_models.ipynb #c812a6a8
+# %% ../nbs/lib/07_models.ipynb #bdc6902b
 def quantized_task(
     model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
 ) -> Float[Tensor, ""]:
