@@ -32,7 +32,7 @@ def _some_codes(num_codes: ArrayLike) -> NDArray:
         raise ValueError(f"num_codes must be at least 1, got {num_codes!r}")
     return k
 
-# %% ../nbs/lib/05_activation.ipynb #2140da1b
+# %% ../nbs/lib/05_activation.ipynb #2749d1ef
 def positions(batch: int, height: int, width: int, pools: int = 0) -> int:
     """Latent vectors, and so draws, of a batch of images after `pools` halvings of both sides.
 
@@ -61,7 +61,7 @@ def _stirling(n: NDArray) -> NDArray:
         series = coefficient - series / square
     return np.where(n < 16, _SMALL_STIRLING[np.minimum(n, 15).astype(int)], series / m)
 
-# %% ../nbs/lib/05_activation.ipynb #746cb825
+# %% ../nbs/lib/05_activation.ipynb #4c858f23
 def _deviance(x: NDArray, gap: NDArray) -> NDArray:
     "D(x, m) = x log(x / m) + m - x with m = x - gap, gap known exactly; x >= 1."
     m = x - gap
@@ -115,6 +115,7 @@ def _tail(j: NDArray, n: NDArray, k: NDArray, up: bool) -> NDArray:
 
     Term by term from the first, which is the largest, until the next would change nothing.
     """
+    # b(i + 1) / b(i) = (n - i) / (i + 1) * p / (1 - p), with p / (1 - p) = 1 / (k - 1).
     odds = 1 / (k - 1)
     i = j.copy()
     term = np.exp(_log_pmf(j, n, np.ones_like(n), k))
@@ -131,7 +132,7 @@ def _tail(j: NDArray, n: NDArray, k: NDArray, up: bool) -> NDArray:
         live &= term > 1e-18 * total
     return total
 
-# %% ../nbs/lib/05_activation.ipynb #084edb22
+# %% ../nbs/lib/05_activation.ipynb #4d1ab0fb
 def p_active(draws: ArrayLike, num_codes: ArrayLike, at_least: ArrayLike = 1) -> NDArray:
     """P(a code is chosen at least `at_least` times), all num_codes codes equally likely.
 
@@ -218,8 +219,9 @@ def draws_for(usage: float, num_codes: int) -> int:
         raise ValueError(f"usage must lie in 0..1 and be below 1 ({why}), got {usage}")
     if usage == 0 or k == 1:
         return int(usage > 0)
+    # The equation solved for n, less one for its rounding.
     n = max(0, math.floor(math.log1p(-usage) / math.log1p(-1 / k)) - 1)
-    while p_active(n, k) < usage:  # from just below, where rounding decides
+    while p_active(n, k) < usage:
         n += 1
     return n
 

@@ -118,6 +118,7 @@ def patches(
         for i in offsets
         for j in offsets
     ]
+    # RandomState's stream is frozen (NumPy's NEP 19); default_rng's may change.
     chosen = np.random.RandomState(0).permutation(len(corners))[:count]
     places = [corners[i] for i in chosen]
     return np.stack([image[top : top + size, left : left + size] for top, left in places])
@@ -203,6 +204,7 @@ SPLITS = {"train": ("train",), "test": ("test", "valid", "validation", "val")}  
 # %% ../nbs/lib/06_data.ipynb #4aa97d9e
 def verify(file: Path) -> None:
     "Raise ValueError where a SHA256SUMS beside or above `file` lists another checksum for it."
+    # A set may bring a list of its own, and the folder of all sets another.
     for folder in file.parents:
         sums = folder / "SHA256SUMS"
         if not sums.is_file():
@@ -320,6 +322,7 @@ def read_cifar10(source: Source) -> Contents:
     def rows() -> Iterator[Row]:
         for i, (pixels, label) in enumerate(zip(data.data, data.targets)):
             place = f"{source.folder}, {source.split} image {i}"
+            # A PPM file: a header, then the bytes as they are.
             yield Row(place, b"P6 32 32 255\n" + pixels.tobytes(), label)
 
     return Contents(len(data), tuple(data.classes), rows())
@@ -500,6 +503,7 @@ def save(file: Path, data: ImageSet) -> None:
     y = data.y if labelled else torch.empty(0, dtype=torch.int64)
     about = {"classes": data.classes, "name": data.name, "split": data.split, "labelled": labelled}
     file.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no other process has; renaming it is atomic.
     part = file.with_suffix(f".{uuid4().hex}.part")
     try:
         with part.open("wb") as stream:
@@ -605,6 +609,7 @@ def images(
     source = _find_or_download(name, split, download)
     if size is None and source.name in FACES:
         size = 64
+    # A cached whole set serves any part of it.
     entire = load(cache_file(source, size, None))
     if entire is not None:
         return _first_images(entire, limit)

@@ -49,7 +49,7 @@ def _entropy(counts: Shaped[Tensor, "k"]) -> Float[Tensor, ""]:
     p = counts / counts.sum()
     return -torch.xlogy(p, p).sum()
 
-# %% ../nbs/lib/04_measure.ipynb #23899ec8
+# %% ../nbs/lib/04_measure.ipynb #23aa2d2a
 def usage(counts: Shaped[Tensor, "k"]) -> float:
     "Share of codes with a count above 0, in 1/k..1. Raises ValueError for what are no counts."
     return float((_checked_counts(counts) > 0).double().mean())
@@ -80,6 +80,7 @@ class Meter:
         "Add a batch; codes are (..., *code_shape). Raises ValueError for other codes."
         if codes.shape[codes.ndim - len(self.code_shape) :] != self.code_shape:
             raise ValueError(f"codes must end in {self.code_shape}, got shape {tuple(codes.shape)}")
+        # Counted before anything is added, for codes out of range must leave the sums alone.
         positions = codes.reshape(-1, math.prod(self.code_shape)).unbind(1)
         counts = torch.stack([code_counts(c, self.num_codes) for c in positions])
         z, q = z.double(), q.double()
@@ -116,7 +117,7 @@ def _mean_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Te
 def _energy(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     return 2 * _mean_distance(p, c) - _mean_distance(p, p) - _mean_distance(c, c)
 
-# %% ../nbs/lib/04_measure.ipynb #902c0261
+# %% ../nbs/lib/04_measure.ipynb #ef35b0db
 def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     d = p.shape[1]
     # Chosen codes may lie in a plane: a ridge, in proportion to the larger variance, keeps both
@@ -129,12 +130,13 @@ def _gaussian_kl(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tens
     half = torch.linalg.solve_triangular(lc, torch.cat([lp, shift], 1), upper=False)  # (d, d + 1)
     return half.pow(2).sum() / 2 - d / 2 + lc.diagonal().log().sum() - lp.diagonal().log().sum()
 
-# %% ../nbs/lib/04_measure.ipynb #e84ae497
+# %% ../nbs/lib/04_measure.ipynb #a79dcfb1
 def _sliced_wasserstein(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     generator = torch.Generator().manual_seed(0)  # always the same directions
     directions = torch.randn(p.shape[1], 128, generator=generator, dtype=torch.float64).to(p)
     directions = directions / directions.norm(dim=0)
     p, c = (p @ directions).sort(0).values, (c @ directions).sort(0).values
+    # Between two neighbouring ends both quantile functions are constant: a middle stands for all.
     ends = torch.cat([_step_ends(p), _step_ends(c)]).unique()
     widths = torch.diff(ends, prepend=ends.new_zeros(1))
     middles = ends - widths / 2
@@ -208,6 +210,7 @@ def _intercepted(
 
     def run(z: Tensor) -> Quantized:
         inputs.append(z)
+        # Detached where bypassed: neither the quantizer's loss nor its rule may send anything back.
         with _same_random(z.device):
             quantized = forward(z.detach() if bypass else z)
         if quantized.z_q.shape != z.shape:
@@ -228,10 +231,11 @@ def _leading_to(
     if not sums:
         return {}
     leaves = list(parameters.values())
+    # The graph is kept, since the gradient of the loss is taken from it next.
     reached = torch.autograd.grad(sums, leaves, retain_graph=True, allow_unused=True)
     return {name: p for (name, p), g in zip(parameters.items(), reached) if g is not None}
 
-# %% ../nbs/lib/04_measure.ipynb #9d7a9045
+# %% ../nbs/lib/04_measure.ipynb #12ea586f
 def _gradients(
     model: nn.Module, loss_fn: Callable, batch: Any, bypass: bool
 ) -> dict[str, Tensor | None]:
@@ -243,6 +247,7 @@ def _gradients(
         loss_at = getattr(originals[name], "loss_at", None)
         if loss_at is not None:  # a quantizer that asks the decoder; a copy forgets it
             quantizer.attach(loss_at)
+        # On the instance, so that hooks and whatever calls the module go through it.
         quantizer.forward = _intercepted(quantizer, bypass, inputs)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
@@ -299,7 +304,7 @@ def early(first: int = 16, every: int = 50) -> Callable[[int], bool]:
     "Whether a step is one of the `first`, or a multiple of `every`."
     return lambda step: step < first or step % every == 0
 
-# %% ../nbs/lib/04_measure.ipynb #7203f5c5
+# %% ../nbs/lib/04_measure.ipynb #e460550f
 class Passed(NamedTuple):
     "All vectors of the probe that went through one quantizer, in float32 or wider."
 
@@ -318,10 +323,10 @@ def _gather(quantizer: Quantizer, calls: list[tuple[Tensor, Quantized]]) -> Pass
     z = torch.cat([rows(z) for z, _ in calls])
     q = torch.cat([rows(quantized.z_q) for _, quantized in calls])
     codes = [quantized.codes.reshape(-1, *quantizer.code_shape) for _, quantized in calls]
-    compared = quantizer.prepare(z)
+    compared = quantizer.prepare(z)  # normalised or projected, as the quantizer does
     return Passed(compared if compared.shape == q.shape else z, q, torch.cat(codes))
 
-# %% ../nbs/lib/04_measure.ipynb #92bd200d
+# %% ../nbs/lib/04_measure.ipynb #e0e50a70
 def _passes(
     model: nn.Module, loss_fn: Callable, x: Tensor, y: Tensor | None
 ) -> dict[str, Passed]:

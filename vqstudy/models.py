@@ -96,6 +96,7 @@ class Autoencoder(nn.Module):
         if whole("channels", channels, least=2) % 2:
             raise ValueError(f"channels must be even, got {channels}")
         _check_quantizer(quantizer, channels)
+        # Encoder before decoder: initial values are drawn in this order.
         self.encoder = encoder(size, channels)
         self.quantizer = quantizer
         self.decoder = decoder(size, channels)
@@ -116,9 +117,9 @@ class Autoencoder(nn.Module):
         return self.quantizer.objective(F.mse_loss(prediction.float(), x), x[0].numel())
 
     def decoder_loss(
-        self, v: Float[Tensor, "b c h w"], x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
+        self, v: Float[Tensor, "b c i j"], x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
     ) -> Float[Tensor, ""]:
-        "The task's loss with v at the decoder's input, for rules that ask the decoder."
+        "The task's loss with v (b, c, h/4, w/4) at the decoder's input, for rules that ask it."
         return self.task_loss(self.decoder(v), x)
 
 # %% ../nbs/lib/07_models.ipynb #038c409a
@@ -179,9 +180,9 @@ class Classifier(nn.Module):
         return Classification(self.decoder(quantized.z_q), z, quantized)
 
     def decoder_loss(
-        self, v: Float[Tensor, "b 128 h w"], x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
+        self, v: Float[Tensor, "b 128 i j"], x: Float[Tensor, "b 3 h w"], y: Int64[Tensor, "b"]
     ) -> Float[Tensor, ""]:
-        "Cross-entropy (nats) with v at the decoder's input, for rules that ask the decoder."
+        "Cross-entropy (nats) with v (b, 128, h/8, w/8) in place of z_q, for rules that ask for it."
         return F.cross_entropy(self.decoder(v).float(), y)
 
 # %% ../nbs/lib/07_models.ipynb #45945b1f
@@ -199,7 +200,7 @@ def classification_loss(
         "train_accuracy": right,
     }
 
-# %% ../nbs/lib/07_models.ipynb #f5d60f2f
+# %% ../nbs/lib/07_models.ipynb #bdc6902b
 def quantized_task(
     model: nn.Module, x: Float[Tensor, "b 3 h w"], y: Tensor | None = None
 ) -> Float[Tensor, ""]:

@@ -63,7 +63,7 @@ COLOURS = {
 }
 SETS = {"P": "#949494", "C": "#0173B2", "Q": "#D55E00"}
 
-# %% ../nbs/lib/12_plots.ipynb #0e97b373
+# %% ../nbs/lib/12_plots.ipynb #e2269ff1
 MARKERS = {  # by whether a recipe replaces dead codes, and whether it normalises
     (False, False): "o",
     (True, False): "s",
@@ -78,6 +78,7 @@ def look(method: str) -> dict[str, str]:
     Raises ValueError for one that has no colour.
     """
     parts = method.split(" + ")
+    # In the order of the table, whatever that of the recipe.
     colours = [colour for name, colour in COLOURS.items() if name in parts]
     if not colours:
         names = ", ".join(COLOURS)
