@@ -415,7 +415,7 @@ def _frame(path: Path, scale: str):
     if not path.is_file():
         missing = f"no results at scale {scale}: {path.name} is missing"
         raise FileNotFoundError(f"{missing}; run `make study SCALE={scale}` first")
-    # only an empty field is missing: `none` and `nan` may be names of methods
+    # only an empty field is missing: a text such as NA or null is a value
     table = pandas.read_csv(path, keep_default_na=False, na_values=[""])
     return table[table["scale"] == scale].reset_index(drop=True)
 
