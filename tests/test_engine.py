@@ -1,9 +1,22 @@
-"""Faults of the engine: processes killed with -9, cells that raise, wrong sweeps, changed code, a time budget.
-Each test has a small project of its own, with this repository's package, Snakefile and Makefile, and runs the real engine."""
+"""Faults of the engine: processes killed, cells that raise, wrong sweeps, changed code, time.
 
-import json, os, re, shutil, subprocess, sys, time
+Each test has a small project of its own, with this repository's package, Snakefile and Makefile,
+and runs the real engine. Importing Snakemake alone takes seconds, so every call has several
+purposes.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
-import psutil, pytest
+import psutil
+import pytest
+from projects import notebook
 
 ROOT = Path(__file__).parents[1]
 RECORDS = "data/runs/smoke"
@@ -21,14 +34,21 @@ beat = "import time, sys\\nwhile True: open(sys.argv[1], 'a').write('.'); time.s
 """,
     """
 if method == "slow":
-    child = subprocess.Popen([sys.executable, "-c", beat, "beats.child"])
-    Path("pids").write_text(f"{os.getppid()} {os.getpid()} {child.pid}")
-    while Path("hold").exists(): open("beats", "a").write("."); time.sleep(.1)
+    child = subprocess.Popen([sys.executable, "-c", beat, f"beats.child.{seed}"])
+    Path(f"pids.{seed}").write_text(f"{os.getppid()} {os.getpid()} {child.pid}")
+    while Path("hold").exists():
+        open(f"beats.{seed}", "a").write(".")
+        time.sleep(.1)
 if method == "late" and not run.checkpoint.exists():
     while run.deadline and time.time() < run.deadline: time.sleep(.1)
-    if run.deadline: run.checkpoint.write_text("half way"); raise OutOfTime("after 3 epochs")
+    if run.deadline:
+        run.checkpoint.write_text("half way")
+        raise OutOfTime("after 3 epochs")
 """,
-    "run.save(dict(distance=walk(method, seed), resumed=run.checkpoint.exists()), [dict(epoch=1, loss=.5)])",
+    """
+metrics = dict(distance=walk(method, seed), resumed=run.checkpoint.exists())
+run.save(metrics, [dict(epoch=1, loss=.5)])
+""",
 ]
 TALK = [
     "seed: int = 0\nout: str = ''",
@@ -41,26 +61,15 @@ FIGURE = [
 from pathlib import Path
 from vqstudy.records import results
 Path("figures/smoke").mkdir(parents=True, exist_ok=True)
-Path("figures/smoke/walks.md").write_text(results("walks", scale)[["method", "seed", "distance"]].to_csv())
+rows = results("walks", scale)[["method", "seed", "distance"]]
+Path("figures/smoke/walks.md").write_text(rows.to_csv())
 """,
 ]
-
-
-def notebook(path, cells, tags=("parameters",)):
-    cells = [
-        dict(
-            cell_type="code",
-            id=f"c{i}",
-            metadata=dict(tags=[] if i else list(tags)),
-            source=source,
-            outputs=[],
-            execution_count=None,
-        )
-        for i, source in enumerate(cells)
-    ]
-    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
+TOY = """
+def walk(method, seed):
+    if method == "bad": raise KeyError("no way")
+    return seed + .5
+"""
 
 
 class Project:
@@ -70,61 +79,43 @@ class Project:
         self.folder = folder
         for name in ("settings.ini", "Snakefile", "Makefile"):
             shutil.copy(ROOT / name, folder)
-        shutil.copytree(
-            ROOT / "vqstudy", folder / "vqstudy", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        (folder / "vqstudy/toy.py").write_text(
-            "def walk(method, seed):\n    if method == 'bad': raise KeyError('no way')\n    return seed + .5\n"
-        )
-        notebook(folder / "nbs/runs/walk.ipynb", WALK)
-        notebook(folder / "nbs/runs/talk.ipynb", TALK)
+        no_cache = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "vqstudy", folder / "vqstudy", ignore=no_cache)
+        (folder / "vqstudy/toy.py").write_text(TOY)
+        notebook(folder / "nbs/runs/walk.ipynb", *WALK)
+        notebook(folder / "nbs/runs/talk.ipynb", *TALK)
         if any("figures: [walks]" in sweep for sweep in sweeps.values()):
-            notebook(
-                folder / "nbs/figs/walks.ipynb", FIGURE
-            )  # one that no sweep names would be drawn at once
+            # a figure that no sweep names would be drawn at once
+            notebook(folder / "nbs/figs/walks.ipynb", *FIGURE)
         (folder / "nbs/sweeps").mkdir()
         for name, sweep in sweeps.items():
-            (folder / f"nbs/sweeps/{name}.yaml").write_text(sweep)
-        keep = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("VQSTUDY_", "MAKE", "SLURM_"))
-        }
-        self.env = keep | dict(
-            PYTHONPATH=str(folder),
-            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        )
+            self.sweep(name, sweep)
+        others = ("VQSTUDY_", "MAKE", "SLURM_")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.env |= dict(PYTHONPATH=str(folder), PATH=path)
+
+    def sweep(self, name, text):
+        (self.folder / f"nbs/sweeps/{name}.yaml").write_text(text)
 
     def make(self, *words):
         "Run one command to its end; returns the exit code and what it printed."
-        done = subprocess.run(
-            ["make", "VENV=none", "CORES=2", *words],
-            cwd=self.folder,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        command = ["make", "VENV=none", "CORES=2", *words]
+        where = dict(cwd=self.folder, env=self.env)
+        done = subprocess.run(command, **where, capture_output=True, text=True, timeout=180)
         return done.returncode, done.stdout + done.stderr
 
-    def start(self):
+    def start(self, cores):
         "Start the engine itself, as `make study` would; the log goes to a file."
-        shown = subprocess.run(
-            ["make", "-n", "VENV=none", "CORES=2", "study"],
-            cwd=self.folder,
-            env=self.env,
-            capture_output=True,
-            text=True,
-        )
+        where = dict(cwd=self.folder, env=self.env)
+        command = ["make", "-n", "VENV=none", f"CORES={cores}", "study"]
+        shown = subprocess.run(command, **where, capture_output=True, text=True)
         with open(self.folder / "engine.log", "w") as log:
-            return subprocess.Popen(
-                f"exec {shown.stdout}",
-                shell=True,
-                cwd=self.folder,
-                env=self.env,
-                stdout=log,
-                stderr=log,
-            )
+            engine = f"exec {shown.stdout}"
+            return subprocess.Popen(engine, shell=True, **where, stdout=log, stderr=log)
+
+    def log(self):
+        return (self.folder / "engine.log").read_text()
 
     def records(self):
         "By cell: bytes and time of every whole record."
@@ -132,19 +123,17 @@ class Project:
         return {path.parent.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
     def methods(self):
-        return sorted(
-            json.loads(content)["parameters"].get("method", "talk")
-            for content, _ in self.records().values()
-        )
+        "The methods of the whole records."
+        whole = [json.loads(content) for content, _ in self.records().values()]
+        return sorted(record["parameters"].get("method", "talk") for record in whole)
 
     def rows(self, name="walks"):
-        import csv
-
         with open(self.folder / RECORDS / f"results/{name}.csv", newline="") as file:
             return list(csv.DictReader(file))
 
 
 def wait_for(condition, seconds=90, what="condition"):
+    "Wait until a condition is met, and return its value."
     end = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > end:
@@ -153,188 +142,173 @@ def wait_for(condition, seconds=90, what="condition"):
     return value
 
 
-def family(pid):
-    try:
-        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def running(processes):
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_kill_engine_wrapper_kernel(tmp_path):
-    project = Project(
-        tmp_path,
-        walks="{notebook: walk, metric: distance, figures: [walks], grid: {method: [quick, brisk, slow]}, scales: {smoke: {}}}",
-    )
-    hold, pids, beats = tmp_path / "hold", tmp_path / "pids", tmp_path / "beats"
-    hold.touch()
+class SlowProject(Project):
+    "Two quick cells, and two slow ones that go on until the file `hold` is gone."
 
-    def started():
-        "Start the engine and wait until only the slow cell runs: its engine, and the ids of wrapper, kernel and the kernel's child."
-        pids.unlink(missing_ok=True)
-        engine = project.start()
-        wait_for(
-            lambda: (
-                pids.exists()
-                and len(pids.read_text().split()) == 3
-                and (tmp_path / "beats.child").exists()
-            ),
-            what="the slow cell's start",
-        )
-        wait_for(lambda: project.methods() == ["brisk", "quick"], what="two finished cells")
-        return engine, *map(int, pids.read_text().split())
+    def __init__(self, folder):
+        grid = "grid: {method: [quick, slow]}, seeds: [0, 1], scales: {smoke: {}}"
+        walks = f"{{notebook: walk, metric: distance, figures: [walks], {grid}}}"
+        super().__init__(folder, walks=walks)
+        (folder / "hold").touch()
 
-    def nothing_goes_on(processes):
+    def pids(self, seed):
+        "Of a slow cell: the ids of its wrapper, its kernel and the kernel's child; none at first."
+        path = self.folder / f"pids.{seed}"
+        words = path.read_text().split() if path.exists() else []
+        begun = len(words) == 3 and (self.folder / f"beats.child.{seed}").exists()
+        return [int(word) for word in words] if begun else []
+
+    def start_slow(self):
+        "Start the engine and wait until only the slow cells run."
+        for seed in (0, 1):
+            (self.folder / f"pids.{seed}").unlink(missing_ok=True)
+        engine = self.start(cores=3)  # one more than the slow cells take
+        wait_for(lambda: self.pids(0) and self.pids(1), what="the slow cells' start")
+        wait_for(lambda: self.methods() == ["quick", "quick"], what="two finished cells")
+        return engine
+
+    def beats(self):
+        return {path.name: path.stat().st_size for path in self.folder.glob("beats.*")}
+
+    def nothing_goes_on(self, processes):
         wait_for(lambda: not running(processes), 10, "the end of all processes")
-        before = beats.stat().st_size, (tmp_path / "beats.child").stat().st_size
+        before = self.beats()
         time.sleep(1)
-        assert before == (beats.stat().st_size, (tmp_path / "beats.child").stat().st_size), (
-            "an orphan goes on writing"
-        )
-        assert project.methods() == ["brisk", "quick"], "something half-written was taken for whole"
+        assert before == self.beats(), "an orphan goes on writing"
+        assert self.methods() == ["quick", "quick"], "something half-written was taken for whole"
 
-    engine, *_ = started()
-    processes, finished = family(engine.pid), project.records()
-    assert len(processes) >= 4
+
+def test_kill_engine_wrapper_kernel(tmp_path):
+    project = SlowProject(tmp_path)
+
+    engine = project.start_slow()
+    family = [psutil.Process(engine.pid), *psutil.Process(engine.pid).children(recursive=True)]
+    finished = project.records()
+    assert len(family) >= 7  # the engine, and of each slow cell wrapper, kernel, child
     engine.kill()
     engine.wait()
-    nothing_goes_on(processes)
+    project.nothing_goes_on(family)
 
-    engine, wrapper, kernel, child = started()
-    processes = [psutil.Process(pid) for pid in (wrapper, kernel)]
-    psutil.Process(child).kill()
-    psutil.Process(wrapper).kill()
+    # of one slow cell the wrapper is killed, of the other the kernel
+    engine = project.start_slow()
+    wrapper, kernel, child = (psutil.Process(pid) for pid in project.pids(0))
+    other_wrapper, other_kernel, _ = (psutil.Process(pid) for pid in project.pids(1))
+    others = [other_wrapper, *other_wrapper.children(recursive=True)]
+    child.kill()
+    wrapper.kill()
+    other_kernel.kill()
     assert engine.wait(60) != 0
-    nothing_goes_on(processes)
-    assert "not finished  see data/runs/smoke/.work/" in (tmp_path / "engine.log").read_text()
-
-    engine, wrapper, kernel, child = started()
-    processes = family(wrapper)
-    psutil.Process(kernel).kill()
-    assert engine.wait(60) != 0
-    nothing_goes_on(processes)
-    work = re.search(
-        r"FAILED: (.*)\n  notebook (.*)notebook.ipynb\n", (tmp_path / "engine.log").read_text()
-    )
-    assert "Kernel died" in work[1] and {"notebook.ipynb", "log.txt"} <= set(
-        os.listdir(tmp_path / work[2])
-    )
-    assert [row["status"] for row in project.rows() if row["method"] == "slow"] == ["failed"]
+    project.nothing_goes_on([wrapper, kernel, *others])
+    assert "not finished  see data/runs/smoke/.work/" in project.log()
+    work = re.search(r"FAILED: (.*)\n  notebook (.*)notebook.ipynb\n", project.log())
+    assert "Kernel died" in work[1]
+    assert {"notebook.ipynb", "log.txt"} <= set(os.listdir(tmp_path / work[2]))
+    slow = [(row["seed"], row["status"]) for row in project.rows() if row["method"] == "slow"]
+    assert slow == [("1", "failed")]
     assert project.records() == finished, "a finished cell was run again"
 
-    hold.unlink()
-    code, said = project.make("resume")
-    assert code == 0 and "3 of 3 cells done" in said, said
-    assert (
-        project.methods() == ["brisk", "quick", "slow"]
-        and finished.items() <= project.records().items()
-    )
-    assert [row["status"] for row in project.rows()] == ["done"] * 3
+    (tmp_path / "hold").unlink()
+    code, shown = project.make("resume")
+    assert code == 0 and "4 of 4 cells done" in shown, shown
+    assert project.methods() == ["quick", "quick", "slow", "slow"]
+    assert finished.items() <= project.records().items()
+    assert [row["status"] for row in project.rows()] == ["done"] * 4
     figure = tmp_path / "figures/smoke/walks.md"
-    assert figure.read_text().count("\n") == 4
-    assert len(list((tmp_path / "data/runs/.engine").iterdir())) == 1, (
-        "only the killed engine leaves its flags"
-    )
+    assert figure.read_text().count("\n") == 5
+    flags = list((tmp_path / "data/runs/.engine").iterdir())
+    assert len(flags) == 1, "only the killed engine leaves its flags"
 
     before, drawn, begin = project.records(), figure.stat().st_mtime_ns, time.monotonic()
-    code, said = project.make("study")
+    code, shown = project.make("study")
     assert code == 0 and time.monotonic() - begin < 30
-    assert (project.records(), figure.stat().st_mtime_ns) == (before, drawn), (
-        "a second call did something"
-    )
+    assert project.records() == before, "a second call ran a cell"
+    assert figure.stat().st_mtime_ns == drawn, "a second call drew the figure"
 
 
 def test_failing_cell_then_changed_module(tmp_path):
-    project = Project(
-        tmp_path,
-        walks="{notebook: walk, metric: distance, figures: [walks], grid: {method: [quick, bad]}, scales: {smoke: {}}}",
-        talks="{notebook: talk, seeds: [0, 1], scales: {smoke: {}}}",
-    )
-    code, said = project.make("dry-run")
-    assert (
-        code == 0
-        and "4 of 4 cells would run" in said
-        and "predicted machine time: unknown" in said
-        and not (tmp_path / "data/runs").exists()
-    )
-    code, said = project.make("study")
+    grid = "grid: {method: [quick, bad]}, scales: {smoke: {}}"
+    walks = f"{{notebook: walk, metric: distance, figures: [walks], {grid}}}"
+    talks = "{notebook: talk, seeds: [0, 1], scales: {smoke: {}}}"
+    project = Project(tmp_path, walks=walks, talks=talks)
+    code, shown = project.make("dry-run")
+    assert code == 0 and "4 of 4 cells would run" in shown, shown
+    assert "predicted machine time: unknown" in shown and not (tmp_path / "data/runs").exists()
+
+    code, shown = project.make("study")
     assert code != 0 and project.methods() == ["quick", "talk", "talk"]
-    failed = re.search(r"FAILED: KeyError: 'no way'\n  notebook (.*)\n  log      (.*)\n", said)
-    assert failed and all((tmp_path / path).is_file() for path in failed.groups()), said
-    assert "3 of 4 cells done" in said and re.search(
-        r"bad · seed 0  KeyError: 'no way'  see data/runs/smoke/.work/", said
-    )
-    assert {row["method"]: row["status"] for row in project.rows()} == dict(
-        quick="done", bad="failed"
-    )
-    assert re.search(r"walk-\w{12}  quick · seed 0  distance 0\.5  \d+ s\n", said)
+    failed = re.search(r"FAILED: KeyError: 'no way'\n  notebook (.*)\n  log      (.*)\n", shown)
+    assert failed and all((tmp_path / path).is_file() for path in failed.groups()), shown
+    assert "3 of 4 cells done" in shown
+    assert re.search(r"bad · seed 0  KeyError: 'no way'  see data/runs/smoke/.work/", shown)
+    assert re.search(r"walk-\w{12}  quick · seed 0  distance 0\.5  \d+ s\n", shown)
+    status = {row["method"]: row["status"] for row in project.rows()}
+    assert status == dict(quick="done", bad="failed")
 
     before = project.records()
-    (tmp_path / "vqstudy/toy.py").write_text("def walk(method, seed): return seed + .75\n")
-    code, said = project.make("dry-run")
-    assert (
-        "2 of 4 cells would run" in said
-        and " stale " in said
-        and re.search(
-            r"predicted machine time: \d+\.\d min \(\d+\.\d min summed over \d+ cores\)\n", said
-        )
-    )
-    code, said = project.make("study")
-    assert code == 0, said
+    toy = tmp_path / "vqstudy/toy.py"
+    toy.write_text(f'"Walks."\n{TOY}# and no more\n')
+    code, shown = project.make("dry-run")
+    assert "1 of 4 cells would run" in shown
+    assert " stale " not in shown, "a comment made cells stale"
+    toy.write_text("def walk(method, seed): return seed + .75\n")
+    code, shown = project.make("dry-run")
+    assert "2 of 4 cells would run" in shown and " stale " in shown
+    span = r"predicted machine time: \d+\.\d min \(\d+\.\d min summed over \d+ cores\)\n"
+    assert re.search(span, shown)
+
+    code, shown = project.make("study")
+    assert code == 0, shown
     after = project.records()
-    talks = {cell for cell in before if cell.startswith("talk")}
-    assert {cell: after[cell] for cell in talks} == {cell: before[cell] for cell in talks}, (
-        "a cell ran that does not use the module"
-    )
-    assert {row["method"]: (row["status"], row["distance"]) for row in project.rows()} == dict(
-        quick=("done", "0.75"), bad=("done", "0.75")
-    )
-    code, said = project.make("study", "ARGS=--dry-run")
-    assert code == 0 and "0 of 4 cells would run" in said and project.records() == after
+    for cell in before:
+        if cell.startswith("talk"):
+            assert after[cell] == before[cell], "a cell ran that does not use the module"
+    ends = {row["method"]: (row["status"], row["distance"]) for row in project.rows()}
+    assert ends == dict(quick=("done", "0.75"), bad=("done", "0.75"))
+    code, shown = project.make("study", "ARGS=--dry-run")
+    assert code == 0 and "0 of 4 cells would run" in shown and project.records() == after
 
 
-@pytest.mark.parametrize(
-    "sweep, why",
-    [
-        (
-            "{notebook: walk, fixed: {metod: slow}, scales: {smoke: {}}}",
-            "wrong.yaml: walk: unknown parameter 'metod'; known: method, seed",
-        ),
-        (
-            "{notebook: walk, seeds: [0, 1e-3], scales: {smoke: {}}}",
-            "wrong.yaml: parameter 'seed' was given '1e-3', of type str; it takes int",
-        ),
-        (
-            "{notebook: untagged, scales: {smoke: {}}}",
-            "wrong.yaml: untagged.ipynb: wants one code cell tagged 'parameters', has 0",
-        ),
-    ],
-)
-def test_refused_before_anything_runs(tmp_path, sweep, why):
-    project = Project(tmp_path, talks="{notebook: talk, scales: {smoke: {}}}", wrong=sweep)
-    notebook(tmp_path / "nbs/runs/untagged.ipynb", TALK, tags=())
-    code, said = project.make("study")
-    assert code != 0 and why in said and "Traceback" not in said, said
-    assert not (tmp_path / "data").exists()
+REFUSED = {
+    "wrong.yaml: walk: unknown parameter 'metod'; known: method, seed": (
+        "{notebook: walk, fixed: {metod: slow}, scales: {smoke: {}}}"
+    ),
+    "wrong.yaml: parameter 'seed' was given '1e-3', of type str; it takes int": (
+        "{notebook: walk, seeds: [0, 1e-3], scales: {smoke: {}}}"
+    ),
+    "wrong.yaml: untagged.ipynb: wants one code cell tagged 'parameters', has 0": (
+        "{notebook: untagged, scales: {smoke: {}}}"
+    ),
+}
+
+
+def test_refused_before_anything_runs(tmp_path):
+    talks = "{notebook: talk, scales: {smoke: {}}}"
+    project = Project(tmp_path, talks=talks)
+    notebook(tmp_path / "nbs/runs/untagged.ipynb", *TALK, tags=())
+    for why, sweep in REFUSED.items():
+        project.sweep("wrong", sweep)
+        code, shown = project.make("dry-run")
+        assert code != 0 and why in shown and "Traceback" not in shown, shown
+    # the engine asks the same function
+    code, shown = project.make("study")
+    assert code != 0 and why in shown and "Traceback" not in shown, shown
+    assert "refused, nothing was run" in shown and not (tmp_path / "data").exists()
 
 
 def test_time_budget(tmp_path):
-    project = Project(
-        tmp_path,
-        walks="{notebook: walk, fixed: {method: late}, seeds: [0, 1, 2], scales: {smoke: {}}}",
-    )
-    code, said = project.make("study", "BUDGET=12", "CORES=1")
-    assert (
-        code != 0
-        and "stopped at the time budget: 0 of 3 cells done; `make resume SCALE=smoke` goes on"
-        in said
-    ), said
-    assert said.count("paused at the time budget: OutOfTime") <= 1 and "Traceback" not in said
-    paused = list((tmp_path / RECORDS).glob(".work/*/checkpoint-*.pt"))
-    assert len(paused) == 1 and not list((tmp_path / RECORDS).glob(".work/*/failed.json"))
-    code, said = project.make("resume", "CORES=1")
-    assert code == 0 and "3 of 3 cells done" in said, said
+    walks = "{notebook: walk, fixed: {method: late}, seeds: [0, 1, 2], scales: {smoke: {}}}"
+    project = Project(tmp_path, walks=walks)
+    code, shown = project.make("study", "BUDGET=12", "CORES=1")
+    ending = "stopped at the time budget: 0 of 3 cells done; `make resume SCALE=smoke` goes on"
+    assert code != 0 and ending in shown, shown
+    assert shown.count("paused at the time budget: OutOfTime") <= 1 and "Traceback" not in shown
+    work = tmp_path / RECORDS / ".work"
+    assert len(list(work.glob("*/checkpoint-*.pt"))) == 1
+    assert not list(work.glob("*/failed.json"))
+    code, shown = project.make("resume", "CORES=1")
+    assert code == 0 and "3 of 3 cells done" in shown, shown
     assert sorted(row["resumed"] for row in project.rows()) == ["False", "False", "True"]

@@ -119,6 +119,7 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
     tagged = _sources(path, "parameters")
     if len(tagged) != 1:
         raise ValueError(f"{path.name}: wants one code cell tagged 'parameters', has {len(tagged)}")
+    # ast drops comments, and the reason of a parameter is one
     tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     declared = {}
@@ -135,8 +136,8 @@ def check(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     """
     declared = parameters(notebook)
     stem = Path(notebook).stem
-    out = declared.pop("out", None)
-    if out is None or out.type is not str:
+    place = declared.pop("out", None)  # of the record
+    if place is None or place.type is not str:
         raise ValueError(f'{stem}: the parameters cell needs `out: str = ""`')
     unknown = ", ".join(repr(name) for name in given if name not in declared)
     if unknown:

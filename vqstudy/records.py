@@ -91,6 +91,7 @@ def provenance(notebook: str | Path, started: str) -> dict[str, Any]:
         threads = torch.get_num_threads()
     else:
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    # untracked files are data, runs and drawings; what is tracked and changed may be code
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return dict(
         fingerprint=fingerprint(notebook),
@@ -276,6 +277,7 @@ def _row(cell: Cell, record: dict[str, Any]) -> dict[str, str]:
     "A record as a row of its sweep's table."
     row = {name: record["parameters"].get(name) for name in IDENTITY}
     row |= record["parameters"] | record["metrics"] | record["cost"]
+    # after the parameters: no parameter may pass for the cell or its status
     row |= dict(cell=cell.id, sweep=cell.sweep, scale=cell.scale, status=record["status"])
     row["fingerprint"] = record["provenance"]["fingerprint"]
     return {name: text(value) for name, value in row.items()}
@@ -285,6 +287,7 @@ def _replaces(cell: Cell, new: dict[str, str], old: dict[str, str] | None) -> bo
     "Whether a new row takes the place of the one that the table has."
     if old is None or old["status"] == "failed":
         return True
+    # a failure says less than any result, even one by older code
     if new["status"] == "failed":
         return False
     return new["fingerprint"] == cell.fingerprint or old["fingerprint"] != cell.fingerprint
@@ -373,6 +376,7 @@ def collect(name: str, scale: str) -> Path:
     planned = {cell.id for cell in cells}
     folder = results_folder(scale)
     shown = bool(sweep(name)["figures"])  # pictures are kept for figures alone
+    # two engines may collect one sweep at the same time
     with locked(root() / "data" / "runs" / ".collect.lock", 60):
         table = Table(folder, name)
         for cell in cells:
@@ -411,6 +415,7 @@ def _frame(path: Path, scale: str):
     if not path.is_file():
         missing = f"no results at scale {scale}: {path.name} is missing"
         raise FileNotFoundError(f"{missing}; run `make study SCALE={scale}` first")
+    # only an empty field is missing: a text such as NA or null is a value
     table = pandas.read_csv(path, keep_default_na=False, na_values=[""])
     return table[table["scale"] == scale].reset_index(drop=True)
 
@@ -437,6 +442,7 @@ def samples(name: str, scale: str) -> dict[tuple[str, str], Path]:
     kept = sorted(_read_notes(folder / f"{name}.json")["samples"].items())
     mine = [(file, note) for file, note in kept if note["scale"] == scale]
     where = folder / "samples" / name
+    # keyed as a table's rows are, so that a figure finds the picture of a row
     return {(note["dataset"], note["method"]): where / file for file, note in mine}
 
 # %% ../nbs/lib/10b_records.ipynb #e5f2e8e1
@@ -448,6 +454,7 @@ def _as_numbers(name: str, value: Any) -> dict[str, float | int | None]:
         fields = dict(effect=value, low=value, high=value, n=0)
     if "mean" in fields:
         fields = {"effect" if key == "mean" else key: x for key, x in fields.items()}
+    # six digits: the last ones differ between processors, and the file would change with them
     plain = {key: number(f"{name}.{key}", x) for key, x in fields.items()}
     return {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in plain.items()}
 

@@ -41,7 +41,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """
     from scipy import stats
 
-    x = np.asarray(values, dtype=float)
+    x = np.asarray(values, dtype=float)  # NaN stays, and spreads to the mean and its ends
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"values must be a sequence of at least one number, got shape {x.shape}")
     if not 0 < level < 1:
@@ -166,9 +166,11 @@ def verdict(found: Contrast | None, says: str, smallest: float) -> str:
         return {"reproduced": "contradicted", "contradicted": "reproduced"}.get(denied, denied)
     if says == "lower":
         return verdict(_turned(found), "higher", smallest)
+    # a lost pair that nobody can place, or too few seeds; n = 0 beside an interval is exact
     whole = math.isfinite(found.low) and math.isfinite(found.high)
     if not whole or found.unknown or 0 < found.n < SEEDS:
         return "undecided"
+    # an infinite effect against the claim is not in the interval, so it takes the word away
     above = found.low > smallest and not found.down
     if says == "higher":
         reproduced, contradicted = above, found.high < smallest and not found.up
@@ -322,6 +324,7 @@ def load_claims(path: str | Path) -> list[Claim]:
 # %% ../nbs/lib/10_stats.ipynb #9e2d914e
 def _same(x: Any, value: Any) -> bool:
     "Whether a field of a table, where a truth value may be text, is a value."
+    # beside missing values pandas reads a truth value as text
     if isinstance(value, str | bool):
         return str(x) == str(value)
     return isinstance(x, Number) and x == value
@@ -344,6 +347,7 @@ def _by_seed(claim: Claim, rows: "pd.DataFrame", metric: str) -> dict[int, float
     if twice:
         both = f"{len(rows)} rows, two of them with seed {twice[0]}"
         raise ValueError(f"claim {claim.id}: {both}; `where`, `a` and `b` must tell them apart")
+    # worse than any number, in the direction that is bad for the metric
     lost = {"diverged": math.inf if claim.better == "lower" else -math.inf, "failed": math.nan}
     values = {}
     for seed, status, x in zip(rows["seed"], rows["status"], rows[metric]):
@@ -369,6 +373,7 @@ def contrast(claim: Claim, rows: "pd.DataFrame") -> tuple[Contrast, str] | None:
     a = rows[holds(rows, claim.a)]
     b = rows[holds(rows, claim.b)] if isinstance(claim.b, dict) else None
     sides = [a] if b is None else [a, b]
+    # the metric itself decides wherever both sides have it; a stand-in only suggests
     for metric in (claim.metric, claim.stand_in):
         if metric not in rows or not all(_measured(side, metric) for side in sides):
             continue

@@ -198,6 +198,7 @@ def redirected(log: Path) -> Iterator[TextIO]:
         try:
             yield file
         finally:
+            # the descriptors, not sys.stdout: a child process writes to these
             for stream, copy in zip((1, 2), kept):
                 os.dup2(copy, stream)
                 os.close(copy)
@@ -211,6 +212,7 @@ def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str
     import papermill
 
     folder.mkdir(parents=True, exist_ok=True)
+    # before the kernel starts: a kernel that nobody watches would outlive a killed engine
     watched = engine()
     adopt()
     Guard(watched)
@@ -355,6 +357,7 @@ def _figure_path(stem: str) -> Path:
 
 def figure_state(stem: str, scale: str) -> str:
     "A fingerprint of a figure's code and of the tables of all sweeps that name it."
+    # the bytes of the tables, not their times: collecting again may write the same
     names = [name for name in sweeps(scale) if stem in sweep(name)["figures"]]
     tables = [results_folder(scale) / f"{name}.csv" for name in names]
     read = [digest(path.read_bytes()) for path in tables if path.is_file()]
@@ -430,6 +433,7 @@ def redraw(stems: list[str]) -> int:
             else:
                 print(f"{path.stem}  not measured yet: no sweep of it has results", flush=True)
     last = [path for path in ready if path.stem == "ledger"]
+    # threads are enough: each waits for a kernel, which is a process of its own
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         well = list(pool.map(_redraw, [path for path in ready if path not in last]))
     return (well + [_redraw(path) for path in last]).count(False)
@@ -492,6 +496,7 @@ def predicted(cells: list[Cell]) -> dict[str, float | None]:
     by_method: dict[str, list[float]] = {}
     for cell, seconds in _taken(cells):
         by_method.setdefault(cell.parameters.get("method", ""), []).append(seconds)
+    # a method without a record takes as long as the others did
     everything = [seconds for group in by_method.values() for seconds in group]
     if not everything:
         return {cell.id: None for cell in cells}
@@ -568,6 +573,7 @@ def _trouble(cell: Cell) -> str:
 
 def report(names: list[str], scale: str) -> str:
     "How far a study came, and where to look for the cells that were started and have no record."
+    # two sweeps may share a cell, which is run and counted once
     cells = {cell.id: cell for name in names for cell in plan(name, scale)}.values()
     done = sum(state(cell) == "done" for cell in cells)
     ending = f"{done} of {len(cells)} cells done"
