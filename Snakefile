@@ -1,6 +1,6 @@
 # The engine. It decides nothing by itself: `todo` names the cells that have no whole, current
 # record, the tables to collect and the figures to draw; Snakemake puts them in order and hands them
-# to processors, GPUs or a cluster. Its outputs are flags of this one call (data/runs/.engine/<call>/),
+# to processors, GPUs or a cluster. Its outputs are flags of this call (data/runs/.engine/<call>/),
 # so it needs no memory between calls, deletes no record before a better one is there, and may be
 # killed at any moment.
 #   snakemake --cores 2 --keep-going --nolock --config scale=smoke sweep="huh_tab03"

@@ -3,7 +3,12 @@
 Each rule takes what it looks at and yields faults, plain sentences that begin with the place.
 """
 
-import ast, io, math, re, tempfile, tokenize
+import ast
+import io
+import math
+import re
+import tempfile
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +126,8 @@ def lists_for_nothing(code: Code) -> Iterator[str]:
     for node in ast.walk(tree):
         unread = isinstance(node, ast.Expr) and node is not shown
         if unread and isinstance(node.value, ast.ListComp):
-            yield f"{code.where}:{node.lineno}: a list comprehension that nobody reads: a loop"
+            where = f"{code.where}:{node.lineno}"
+            yield f"{where}: a list comprehension that nobody reads; write a loop"
 
 
 def code_faults(code: Code, wide: bool = False) -> list[str]:
@@ -148,7 +154,8 @@ def is_parameters(cell: NotebookNode) -> bool:
 
 
 def is_exported(cell: NotebookNode) -> bool:
-    return re.search(r"^#\|\s*exporti?\b", cell.source, re.M) is not None
+    "Whether a cell is code of the module."
+    return re.search(r"^#\|\s*export[is]?\b", cell.source, re.M) is not None
 
 
 def has_picture(cell: NotebookNode) -> bool:
@@ -225,16 +232,18 @@ def shows_nothing(where: str, notebook: NotebookNode) -> Iterator[str]:
 STRAY = re.compile(
     r"[(\[](None,? ?)+[)\]]$"  # of calls without a value
     r"|\[?(Text\(|<Legend|<matplotlib\.)"  # of matplotlib's calls
-    r"|.* at 0x[0-9a-f]+>"  # has an address for a name
 )
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")  # what has nothing else to be told by
 WARNING = re.compile(r"\b\w*Warning\s?:|^[WE]\d{4} \d\d:", re.M)  # Python's and torch's
-FOLDERS = ("/tmp/", "/home/", "/root/", "/Users/", "/var/folders/")  # of any machine
+FOLDERS = ("/tmp", "/home", "/root", "/Users", "/var/folders")  # of any machine
 
 
-def machine_folders() -> list[str]:
-    "This machine's own folders: the checkout, the home folder and the temporary one."
-    own = (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
-    return [f"{folder}/" for folder in own if len(folder.parts) > 1]
+def names_machine(text: str) -> bool:
+    "Whether a text has a path of a machine, or of this one's checkout, home or temporary folder."
+    own = [Path.cwd(), Path.home(), Path(tempfile.gettempdir())]
+    folders = {*FOLDERS, *(str(folder) for folder in own if len(folder.parts) > 1)}
+    # neither a part of a longer path or address, nor the beginning of a longer name
+    return any(re.search(rf"(?<![\w./]){re.escape(f)}(?![\w-])", text) for f in folders)
 
 
 def text_of(output: NotebookNode) -> str:
@@ -255,12 +264,12 @@ def is_stray(output: NotebookNode) -> bool:
     "Whether an output is only the value of a call that was made for its effect."
     if list(output.get("data", {})) != ["text/plain"]:
         return False
-    return STRAY.match(output.data["text/plain"]) is not None
+    text = output.data["text/plain"]
+    return STRAY.match(text) is not None or ADDRESS.search(text) is not None
 
 
 def output_faults(where: str, notebook: NotebookNode) -> Iterator[str]:
     "Errors, warnings and paths of a machine among what a notebook shows."
-    folders = {*FOLDERS, *machine_folders()}
     for number, cell in code_cells(notebook):
         for output in cell.outputs:
             place, text = f"{where}[{number}]", text_of(output)
@@ -268,7 +277,7 @@ def output_faults(where: str, notebook: NotebookNode) -> Iterator[str]:
                 yield f"{place}: shows an error, {output.ename}: {output.evalue}"
             if WARNING.search(text):
                 yield f"{place}: shows a warning: {excerpt(text)}"
-            if any(re.search(rf"(?<![\w./]){re.escape(folder)}", text) for folder in folders):
+            if names_machine(text):
                 yield f"{place}: shows a path of the machine that ran it: {excerpt(text)}"
 
 
@@ -288,12 +297,13 @@ def excerpt(text: str) -> str:
 
 def says_something(source: str) -> bool:
     "Whether a cell prints or ends in an expression, so that it has something to show."
-    body = ast.parse(python(source)).body
-    if not body:
+    try:
+        tree = ast.parse(python(source))
+    except SyntaxError:  # a fault of its code, which is named there
         return False
-    calls = [n for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.Call)]
-    prints = any(getattr(call.func, "id", "") in ("print", "display") for call in calls)
-    return prints or isinstance(body[-1], ast.Expr)
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    prints = any(getattr(call, "id", "") in ("print", "display") for call in calls)
+    return prints or (bool(tree.body) and isinstance(tree.body[-1], ast.Expr))
 
 
 def missing_outputs(where: str, notebook: NotebookNode) -> Iterator[str]:
@@ -314,7 +324,11 @@ def notebook_faults(path: Path) -> list[str]:
         code = Code(f"{where}[{number}]", python(cell.source), cell=True)
         found += code_faults(code, wide=is_parameters(cell))
     rules = [long_cells, usual_cells, shows_nothing, stray_values]
-    rules += [run_layout, missing_outputs] if path.parent.name == "runs" else [library_layout]
+    if path.parent.name == "runs":
+        rules += [run_layout, missing_outputs]
+    else:
+        # its outputs are compared with those of a run: outputs.py
+        rules.append(library_layout)
     return found + [fault for rule in rules for fault in rule(where, notebook)]
 
 

@@ -6,7 +6,12 @@ flag of settings.ini are left out, and the call that exports the notebook. Names
 follow the command; none means all. Nothing is written into the tree.
 """
 
-import multiprocessing, os, re, sys, time, traceback
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
 from pathlib import Path
@@ -33,6 +38,13 @@ def is_skipped(cell: NotebookNode, skipped: set[str]) -> bool:
     return never or "nbdev_export(" in cell.source or not skipped.isdisjoint(directives)
 
 
+def as_saved(output: dict) -> NotebookNode:
+    "An output of the shell as a notebook has it: its text whole, not in lines."
+    if "text" in output:
+        output = output | {"text": "".join(output["text"])}
+    return nbformat.from_dict(output)
+
+
 def differences(where: str, committed: NotebookNode, shown: dict[int, bool]) -> list[str]:
     "Cells that show something (by number) and are committed without it, or the other way round."
     found = []
@@ -49,29 +61,21 @@ def run(path: Path, skipped: set[str]) -> tuple[list[str], float]:
     "Run one notebook in its folder, in this process; its faults and the seconds it took."
     from execnb.shell import CaptureShell  # turns the process into a shell
 
-    sys.path.insert(0, os.getcwd())
-    committed, where = nbformat.read(path, as_version=4), str(path)
     start = time.perf_counter()
+    sys.path.insert(0, os.getcwd())
+    committed = nbformat.read(path, as_version=4)
     os.chdir(path.parent)
-    shell, shown = CaptureShell(), {}
+    shell = CaptureShell(mpl_format="png")
+    shown = {}
     for number, cell in form.code_cells(committed):
         if is_skipped(cell, skipped):
             continue
-        outputs = [nbformat.from_dict(output) for output in read_outputs(shell.run(cell.source))]
+        outputs = [as_saved(output) for output in shell.run(cell.source)]
         if shell.exc is not None:
             text = "".join(traceback.format_exception(shell.exc))
-            return [f"{where}[{number}]: fails\n{text}"], time.perf_counter() - start
+            return [f"{path}[{number}]: fails\n{text}"], time.perf_counter() - start
         shown[number] = any(map(form.shows, outputs))
-    return differences(where, committed, shown), time.perf_counter() - start
-
-
-def read_outputs(outputs: list[dict]) -> list[dict]:
-    "Outputs with their texts whole, where a file has them as lists of lines."
-    joined = []
-    for output in outputs:
-        text = output.get("text", "")
-        joined.append(output | {"text": "".join(text)} if text else output)
-    return joined
+    return differences(str(path), committed, shown), time.perf_counter() - start
 
 
 def main(names: list[str]) -> None:

@@ -133,6 +133,15 @@ def test_most_cells_are_short(tmp_path):
     assert faults_of(tmp_path, *TITLE, *cells[1:]) == []
 
 
+def test_a_broken_cell_is_named_and_the_others_still_seen(tmp_path):
+    table = new_code_cell("x: int = 1", metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell(RUN), table, shown("x = ("), new_code_cell("x")]
+    assert faults_of(tmp_path, *cells, folder="runs") == [
+        "[2]:1: '(' was never closed",
+        "[3]: prints or ends in an expression, and has no output",
+    ]
+
+
 def test_the_layout_of_a_library_notebook(tmp_path):
     assert faults_of(tmp_path, *TITLE[::-1], shown("1")) == [
         "[0]: the first cell is `#| default_exp module`",
@@ -173,13 +182,14 @@ STRAY = [
     "<matplotlib.legend.Legend>",
     "[<matplotlib.lines.Line2D object>]",
     "<function f at 0x7f00aa>",
+    "{'a': 1,\n 'f': <function f at 0x7f00aa>}",
 ]
 
 
 @pytest.mark.parametrize("text", STRAY)
 def test_a_stray_value_is_named(tmp_path, text):
     assert faults_of(tmp_path, *TITLE, shown("x", value(text))) == [
-        f"[2]: shows a stray value: {text}"
+        f"[2]: shows a stray value: {form.excerpt(text)}"
     ]
 
 
@@ -208,12 +218,12 @@ def test_a_warning_is_named(text):
 def test_a_path_of_a_machine_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/somewhere/home")
-    own = [f"{tmp_path}/x", "/somewhere/home/x", "/tmp/x", "'/home/me/x'", "/root/x", "/Users/me"]
-    for text in own:
+    own = [f"{tmp_path}/x", f"PosixPath('{tmp_path}')", "/somewhere/home/x"]
+    for text in [*own, "/tmp/x", "'/home/me/x'", "/root/x", "/Users/me"]:
         assert output_faults(value(text)) == [
             f"n.ipynb[0]: shows a path of the machine that ran it: {form.excerpt(text)}"
         ]
-    assert output_faults(value("data/tmp/x, https://a.org/home/x")) == []
+    assert output_faults(value("data/tmp/x, https://a.org/home/x, /rooted")) == []
 
 
 # ---- outputs.py: what a run shows is what is committed ----
