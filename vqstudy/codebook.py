@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from .checks import check_vectors, choice, flag, number, typed, whole
+from .checks import check_vectors, flag, number, one_of, typed, whole
 from .ranks import draw, from_first, total
 
 # %% ../nbs/lib/02_codebook.ipynb #3fdf9f23
@@ -144,7 +144,7 @@ class MovingAffine(nn.Module):
         super().__init__()
         whole("dim", dim)
         self.momentum = number("momentum", momentum, above=0, most=1)  # weight of the new moments
-        self.of = choice("of", of, ("codebook", "chosen"))
+        self.of = one_of("of", of, ("codebook", "chosen"))
         for name in ("z", "c"):
             self.register_buffer(f"mean_{name}", torch.zeros(dim))
             self.register_buffer(f"var_{name}", torch.ones(dim))
@@ -248,7 +248,7 @@ class Codebook(_Table):
         map: nn.Module | None = None,  # Affine, MovingAffine or LinearMap
     ):
         typed("map", map, (nn.Module, NoneType), "Affine, MovingAffine, LinearMap or None")
-        choice("init", init, (*INITS, *FROM_DATA))
+        one_of("init", init, (*INITS, *FROM_DATA))
         whole("dim", dim)
         whole("num_codes", num_codes)
         if isinstance(map, Affine):

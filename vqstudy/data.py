@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
-from .checks import choice, typed, whole
+from .checks import one_of, typed, whole
 
 # %% ../nbs/lib/06_data.ipynb #c6a2995e
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,7 +82,7 @@ def photograph(name: str) -> UInt8[np.ndarray, "h w 3"]:
 
     Raises ValueError for another name, FileNotFoundError where its package is not installed.
     """
-    package, path = PHOTOS[choice("photograph", name, tuple(PHOTOS))].split("/", 1)
+    package, path = PHOTOS[one_of("photograph", name, tuple(PHOTOS))].split("/", 1)
     spec = find_spec(package)  # finds the folder without the seconds that the import takes
     file = Path(spec.submodule_search_locations[0], path) if spec else Path(package, path)
     if not file.is_file():
@@ -568,7 +568,7 @@ def _check_request(name: str, split: str, size: int | None, limit: int | None) -
     if not re.fullmatch(r"\w[\w.-]*", name):
         sets = "'photos' is one, and every folder under $VQSTUDY_DATA"
         raise ValueError(f"name {name!r} is no set: {sets}")
-    choice("split", split, tuple(SPLITS))
+    one_of("split", split, tuple(SPLITS))
     for argument, value in (("size", size), ("limit", limit)):
         if value is not None:
             whole(argument, value)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from .checks import choice, number
+from .checks import number, one_of
 
 # %% ../nbs/lib/01_estimators.ipynb #d17dce04
 Vectors = Float[Tensor, "n d"]
@@ -132,7 +132,7 @@ def rotation(scale: str = "norm", project: bool = False) -> Rule:
     above 1e6. project: without the part along z, as the released VQGAN code does.
     z = 0 or q = 0: straight-through; q = -z: a half turn. Raises ValueError for another scale.
     """
-    return partial(_rotation, scale=choice("scale", scale, GAMMAS), project=project)
+    return partial(_rotation, scale=one_of("scale", scale, GAMMAS), project=project)
 
 
 def _rotation(z: Vectors, q: Vectors, g: Vectors, scale: str, project: bool) -> Gradients:
@@ -152,7 +152,7 @@ def reflection(scale: str = "norm") -> Rule:
     scale: as in `rotation`. q pointing as z does, z = 0 or q = 0: the identity in place of the
     mirror (the factor stays where both have a direction).
     """
-    return partial(_reflection, scale=choice("scale", scale, GAMMAS))
+    return partial(_reflection, scale=one_of("scale", scale, GAMMAS))
 
 
 def _reflection(z: Vectors, q: Vectors, g: Vectors, scale: str) -> Gradients:

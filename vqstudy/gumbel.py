@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Annealed, gumbel_noise, linear
-from .checks import choice, flag, number
+from .checks import flag, number, one_of
 from .logits import TableQuantizer, negentropy, route, sharp
 from .ranks import from_first
 
@@ -51,7 +51,7 @@ class GumbelQuantizer(Annealed, TableQuantizer):
     ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
         self.kl, self.hard = number("kl", kl, least=0), flag("hard", hard)
-        self.estimator = choice("estimator", estimator, ("gumbel", "reinmax"))
+        self.estimator = one_of("estimator", estimator, ("gumbel", "reinmax"))
         if estimator == "reinmax" and not hard:
             raise ValueError("hard must be True with estimator 'reinmax', got False")
         if final_temperature is None:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
-from .checks import check_vectors, choice, typed
+from .checks import check_vectors, one_of, typed
 from .search import distances, nearest
 
 # %% ../nbs/lib/04_measure.ipynb #2d838282
@@ -164,7 +164,7 @@ def divergence(p: Float[Tensor, "n d"], c: Float[Tensor, "k d"], kind: str = "ne
 
     Raises ValueError for another kind, vectors of different width, empty or non-finite input.
     """
-    choice("kind", kind, tuple(DIVERGENCES))
+    one_of("kind", kind, tuple(DIVERGENCES))
     check_vectors("p", p, check_finite=True)
     check_vectors("c", c, p.shape[-1], check_finite=True)
     if p.ndim != 2 or c.ndim != 2:
@@ -435,7 +435,7 @@ class Monitor:
         layers: bool = True,  # whether the gap of each layer is recorded too
     ):
         for kind in kinds:
-            choice("kinds", kind, tuple(DIVERGENCES))
+            one_of("kinds", kind, tuple(DIVERGENCES))
         if len(x) == 0:
             raise ValueError("x must hold at least one input, got none")
         typed("at", at, (Callable, Collection), "a collection of steps or a function of the step")

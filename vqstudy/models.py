@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
-from .checks import choice, whole
+from .checks import one_of, whole
 
 # %% ../nbs/lib/07_models.ipynb #31c1e6b5
 class ResidualBlock(nn.Module):
@@ -92,7 +92,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, quantizer: Quantizer, size: int = 32, channels: int = 64):
         super().__init__()
-        choice("size", size, tuple(SIZES))
+        one_of("size", size, tuple(SIZES))
         if whole("channels", channels, least=2) % 2:
             raise ValueError(f"channels must be even, got {channels}")
         _check_quantizer(quantizer, channels)

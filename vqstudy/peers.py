@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from .router import RouterQuantizer
-from .checks import choice
+from .checks import one_of
 from .models import Autoencoder, reconstruction_loss
 from .quantizers import recipe, recipes
 from .search import nearest
@@ -386,7 +386,7 @@ def inputs(
     seed: int = 0,
 ) -> tuple:
     "Gaussian inputs for peers of a kind, or random images; raises ValueError for an unknown kind."
-    choice("kind", kind, tuple(PEERS))
+    one_of("kind", kind, tuple(PEERS))
     torch.manual_seed(seed)
     n, k, d = shape
     if kind in ("recipes", "alternation"):

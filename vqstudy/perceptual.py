@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .checks import choice, whole
+from .checks import one_of, whole
 from .data import cache_folder
 from .scores import as_float, device_of
 
@@ -70,7 +70,7 @@ def find_weights(name: str) -> list[Path]:
     Raises ValueError for an unknown name or a file with other content, FileNotFoundError which
     says what package or file is missing.
     """
-    choice("name", name, tuple(WEIGHTS))
+    one_of("name", name, tuple(WEIGHTS))
     return [_find_file(weights) for weights in WEIGHTS[name]]
 
 
@@ -159,7 +159,7 @@ class Perceptual(nn.Module):
 # %% ../nbs/lib/09a_perceptual.ipynb #debd0131
 def perceptual(name: str, device: torch.device | str = "cpu") -> Perceptual:
     "'lpips' or 'st_lpips' with its trained weights. Raises as `find_weights`."
-    choice("name", name, PER_IMAGE)
+    one_of("name", name, PER_IMAGE)
     state = {}
     for file in find_weights(name):
         state |= torch.load(file, map_location="cpu", weights_only=True)
@@ -302,7 +302,7 @@ def features(
 ) -> Float[Tensor, "n d"]:
     "Features of images, on the CPU. Raises TypeError or ValueError, and as `find_weights`."
     _check_images(x, 1)
-    choice("name", name, WHOLE_SET)
+    one_of("name", name, WHOLE_SET)
     device = torch.device(device)
     net = efflite0(device, side) if name == "efflite0" else inception(device)
     batches = x.split(BATCH.get(device.type, 32))
@@ -365,7 +365,7 @@ def real_features(
 ) -> Float[Tensor, "n d"]:
     "`features`, read from the cache if they are there; warns of a damaged file and makes it again."
     _check_images(x, 1)
-    choice("name", name, WHOLE_SET)
+    one_of("name", name, WHOLE_SET)
     file = features_file(name, x, device, side)
     kept = _read_features(file, len(x))
     if kept is not None:

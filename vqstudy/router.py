@@ -12,8 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .base import commitment
-from .checks import choice, flag, number
-from .logits import TableQuantizer, logit_tiles, route, scan, sharp, tile_logits
+from .checks import flag, number, one_of
+from .logits import TableQuantizer, logit_tiles, route, scan_logits, sharp, tile_logits
 from .ranks import from_first, joint_mean
 from .search import operator
 
@@ -48,7 +48,7 @@ def _router_gradient(
     x: Float[Tensor, "n d"],
     keys: Float[Tensor, "k d"],
     bias: Float[Tensor, "k"] | None,
-    lse: Float[Tensor, "n 1"],              # log sum exp of the logits, from `scan`
+    lse: Float[Tensor, "n 1"],              # log sum exp of the logits, from `scan_logits`
     s: Float[Tensor, "n 1"],                # what is subtracted from v
     g: Float[Tensor, "n e"] | None,         # with `values`: v = g values^T
     values: Float[Tensor, "k e"] | None,
@@ -76,7 +76,8 @@ def _router_gradient(
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(x, keys, bias, codebook, gate):
-        codes, lse, mixture = scan(x, keys, bias, codebook if gate == "dense" else None, True)
+        values = codebook if gate == "dense" else None
+        codes, lse, mixture = scan_logits(x, keys, bias, values, True)
         return F.embedding(codes, codebook), codes, lse, mixture
 
     @staticmethod
@@ -148,7 +149,7 @@ def _softmax_means(
 class _EntropyTerm(torch.autograd.Function):
     @staticmethod
     def forward(x, keys, bias, joint):
-        lse = scan(x, keys, bias, None, True)[1]
+        lse = scan_logits(x, keys, bias, None, True)[1]
         mean, entropy = _softmax_means(x, keys, bias, lse)
         if joint:
             mean = joint_mean(mean, len(x))
@@ -164,8 +165,8 @@ class _EntropyTerm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, *_):
         x, keys, bias, lse, entropy, log_mean = ctx.saved_tensors
-        # the mixture of `scan` with log_mean as values is sum_i p_i log mean_i
-        s = scan(x, keys, bias, log_mean[:, None], True)[2] + entropy
+        # the mixture of `scan_logits` with log_mean as values is sum_i p_i log mean_i
+        s = scan_logits(x, keys, bias, log_mean[:, None], True)[2] + entropy
         grads = _router_gradient(x, keys, bias, lse, s, None, None, log_mean)
         dx, dkeys, dbias = (g / len(x) * grad for grad in grads)
         return dx, dkeys, None if bias is None else dbias, None
@@ -197,7 +198,7 @@ class RouterTable(TableQuantizer):
     ):
         super().__init__(dim, num_codes, channel_dim, check_finite, code_dim)
         self.tied = flag("tied", tied)
-        copied = choice("init", init, ("normal", "copy")) == "copy"
+        copied = one_of("init", init, ("normal", "copy")) == "copy"
         if tied and copied:
             raise ValueError("init must be 'normal' for a tied router, whose W is E, got 'copy'")
         if self.code_dim != dim and (tied or copied):
@@ -248,7 +249,7 @@ class RouterQuantizer(RouterTable):
     ):
         how = tied, code_dim, bias, init, init_scale
         super().__init__(dim, num_codes, *how, channel_dim, check_finite)
-        self.gate = choice("gate", gate, ("dense", "switch"))
+        self.gate = one_of("gate", gate, ("dense", "switch"))
         self.entropy = number("entropy", entropy, least=0)
         self.entropy_temperature = number("entropy_temperature", entropy_temperature, above=0)
         self.alpha, self.beta = number("alpha", alpha, least=0), number("beta", beta, 0, 1)

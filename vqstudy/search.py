@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from .certificate import candidates, dissimilarity, rescore, row_norms, settle, slack
-from .checks import check_vectors, choice
-from .kernels import operator, power_of_two, scan
+from .checks import check_vectors, one_of
+from .kernels import operator, power_of_two, scan_codes
 
 # %% ../nbs/lib/00_search.ipynb #10cb8dac
 def _stage(
@@ -30,7 +30,7 @@ def _stage(
     "Best score, second best score, and best code of each of the rows."
     pairs = candidates(z, codebook, metric, skip, budget) if bfloat16 else None
     if pairs is None:
-        return scan(z, codebook, rows, dtype, metric, skip, budget)
+        return scan_codes(z, codebook, rows, dtype, metric, skip, budget)
     return rescore(z, codebook, *pairs, metric, budget)
 
 # %% ../nbs/lib/00_search.ipynb #6880610c
@@ -159,7 +159,7 @@ def _check_search(
     if z.ndim != 2 or codebook.ndim != 2:
         shapes = f"{tuple(z.shape)} and {tuple(codebook.shape)}"
         raise ValueError(f"z and codebook must be (n, d) and (k, d), got {shapes}")
-    choice("metric", metric, ("euclidean", "cosine"))
+    one_of("metric", metric, ("euclidean", "cosine"))
     if len(codebook) < least:
         raise ValueError(f"codebook must hold at least {least} vectors, got {len(codebook)}")
 
@@ -184,7 +184,7 @@ def nearest(
     unknown metric or precision.
     """
     _check_search(z, codebook, metric, check_finite)
-    choice("precision", precision, ("auto", "float32", "bfloat16"))
+    one_of("precision", precision, ("auto", "float32", "bfloat16"))
     return _search(z, codebook, metric, exact, precision, None, budget)
 
 # %% ../nbs/lib/00_search.ipynb #35584f30

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .base import Annealed, gumbel_noise, linear
-from .checks import choice, number
+from .checks import number, one_of
 from .gumbel import COOLED
 from .logits import TableQuantizer, negentropy, route, sharp
 from .ranks import joint_mean
@@ -36,7 +36,7 @@ class GaussianQuantizer(TableQuantizer):
         self, dim: int, num_codes: int, variant: int, channel_dim: int, check_finite: bool | None
     ):
         super().__init__(dim, num_codes, channel_dim, check_finite)
-        self.variant = choice("variant", variant, (1, 2, 3, 4))
+        self.variant = one_of("variant", variant, (1, 2, 3, 4))
         self.head = None if variant == 1 else nn.Linear(dim, dim if variant == 4 else 1)
         if self.head is not None:
             nn.init.zeros_(self.head.weight)

@@ -473,7 +473,7 @@ def todo(
     return cells, tables, list(dict.fromkeys(figures))
 
 # %% ../nbs/lib/11_study.ipynb #a4ba2f63
-def _taken(cells: list[Cell]) -> Iterator[tuple[Cell, float]]:
+def _finished(cells: list[Cell]) -> Iterator[tuple[Cell, float]]:
     "The cells of a sweep that were done, each with the seconds it took, here or in the results."
     scale = cells[0].scale
     table = read_table(results_folder(scale) / f"{cells[0].sweep}.csv")
@@ -494,7 +494,7 @@ def predicted(cells: list[Cell]) -> dict[str, float | None]:
     if not cells:
         return {}
     by_method: dict[str, list[float]] = {}
-    for cell, seconds in _taken(cells):
+    for cell, seconds in _finished(cells):
         by_method.setdefault(cell.parameters.get("method", ""), []).append(seconds)
     # a method without a record takes as long as the others did
     everything = [seconds for group in by_method.values() for seconds in group]

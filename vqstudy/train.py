@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 from .base import Quantizer
-from .checks import choice, number, whole
+from .checks import number, one_of, whole
 from .codebook import Codebook
 
 # %% ../nbs/lib/08_train.ipynb #0c70427f
@@ -34,7 +34,7 @@ def reproducible(
 
     Raises ValueError for an unknown device, RuntimeError for CUDA where there is none.
     """
-    choice("device", device, ("auto", "cpu", "cuda"))
+    one_of("device", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device is 'cuda', and this machine has none")
     if device == "auto":
@@ -92,9 +92,9 @@ class Settings:
         for name in ("warmup", "momentum"):
             number(name, getattr(self, name), least=0, below=1)
         for name in ("optimizer", "codebook_optimizer"):
-            choice(name, getattr(self, name), ("adamw", "sgd"))
-        choice("decay", self.decay, ("cosine", "constant"))
-        choice("autocast", self.autocast, (None, "bfloat16", "float16"))
+            one_of(name, getattr(self, name), ("adamw", "sgd"))
+        one_of("decay", self.decay, ("cosine", "constant"))
+        one_of("autocast", self.autocast, (None, "bfloat16", "float16"))
 
 # %% ../nbs/lib/08_train.ipynb #889e5473
 def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer]:

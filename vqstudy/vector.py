@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Annealed, Quantized, QuantizedRows, Quantizer, commitment, gumbel_noise
-from .checks import choice, flag, number, whole
+from .checks import flag, number, one_of, whole
 from .codebook import Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
 from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian
 from .estimators import straight_through
@@ -105,7 +105,7 @@ class CodebookQuantizer(Upkeep, Quantizer):
         _check_upkeep(map, decay, life_span, refit)
         self.book = Codebook(dim, num_codes, init, l2, learn=decay is None, map=map)
         self.set_upkeep(decay, smoothing, life_span, refit)
-        self.metric = choice("metric", metric, ("euclidean", "cosine"))
+        self.metric = one_of("metric", metric, ("euclidean", "cosine"))
 
     @property
     def codebook(self) -> Float[Tensor, "k d"]:
@@ -190,9 +190,6 @@ class Asking:
 
     def __getstate__(self) -> dict[str, Any]:
         return _without(super().__getstate__(), "loss_at", "_asked")
-
-
-_Asking = Asking  # its name before, which vqstudy.composed still imports
 
 # %% ../nbs/lib/02b_vector.ipynb #c8dc2780
 class Committing:
@@ -315,7 +312,7 @@ class StochasticQuantizer(Annealed, VectorQuantizer):
         final_temperature: float = 0.01,  # at the end of training
         **options,
     ):
-        choice("metric", options.get("metric", "euclidean"), ("euclidean",))
+        one_of("metric", options.get("metric", "euclidean"), ("euclidean",))
         super().__init__(dim, num_codes, **options)
         self.set_temperatures(temperature, final_temperature)
 
