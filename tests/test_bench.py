@@ -147,7 +147,7 @@ TINY = {
     "bench_search": {"shape": [64, 32, 8], "peers": ["ours", "ours exact", "cdist", "product"]},
     "bench_step": {"shape": [64, 32, 8], "memory": False},
     "bench_router": {"shape": [64, 32, 8]},
-    "bench_overhead": {"shape": [8, 16, 4], "peers": ["none", "vq"]},
+    "bench_overhead": {"shape": [8, 16, 4], "peers": ["none", "vq"], "rounds": 1},
 }
 METHODS = {"bench_overhead": ["recipes", "import"]}
 
