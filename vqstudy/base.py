@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from .checks import check_vectors, number, typed, whole
+from .checks import number, typed, whole
+from .search import check_vectors
 
 # %% ../nbs/lib/02a_base.ipynb #ca139e63
 class Quantized(NamedTuple):

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from .checks import check_vectors, flag, number, one_of, typed, whole
+from .checks import flag, number, one_of, typed, whole
 from .ranks import draw, from_first, total
+from .search import check_vectors
 
 # %% ../nbs/lib/02_codebook.ipynb #3fdf9f23
 def normal(num_codes: int, dim: int) -> Float[Tensor, "k d"]:

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
-from .checks import check_vectors, one_of, typed
-from .search import distances, nearest
+from .checks import one_of, typed
+from .search import check_vectors, distances, nearest
 
 # %% ../nbs/lib/04_measure.ipynb #2d838282
 def code_counts(codes: Int64[Tensor, "..."], num_codes: int) -> Int64[Tensor, "k"]:

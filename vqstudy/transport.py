@@ -10,9 +10,10 @@ import math
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from .checks import check_vectors, number, whole
+from .checks import number, whole
 from .ranks import joined, ranks, total
 from .vector import VectorQuantizer
+from .search import check_vectors
 
 # %% ../nbs/lib/02e_transport.ipynb #6d6a9d4e
 def _column_sums(x: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
