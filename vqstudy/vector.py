@@ -66,7 +66,7 @@ class Upkeep:
         if self.alive is not None:
             self.alive.note(codes)
 
-# %% ../nbs/lib/02b_vector.ipynb #68a800b7
+# %% ../nbs/lib/02b_vector.ipynb #8b9edc15
 def _check_upkeep(
     map: nn.Module | None, decay: float | None, life_span: int | None, refit: int | None
 ) -> None:
@@ -82,7 +82,7 @@ def _check_upkeep(
             "leave out life_span and refit"
         )
 
-# %% ../nbs/lib/02b_vector.ipynb #44a8a011
+# %% ../nbs/lib/02b_vector.ipynb #c658d7e6
 class CodebookQuantizer(Upkeep, Quantizer):
     "Base of quantizers with a `Codebook` and upkeep; evaluation takes the nearest code."
 
@@ -148,7 +148,7 @@ def _check_rule(rule: Rule | str) -> None:
 def _without(state: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in names}
 
-# %% ../nbs/lib/02b_vector.ipynb #cb976303
+# %% ../nbs/lib/02b_vector.ipynb #3938cb9f
 class Asking:
     "Mixin of a quantizer with a gradient rule; one given by name is made of the attached loss."
 
@@ -191,7 +191,10 @@ class Asking:
     def __getstate__(self) -> dict[str, Any]:
         return _without(super().__getstate__(), "loss_at", "_asked")
 
-# %% ../nbs/lib/02b_vector.ipynb #c8dc2780
+
+_Asking = Asking  # its name before, which vqstudy.composed still imports
+
+# %% ../nbs/lib/02b_vector.ipynb #336ad648
 class Committing:
     "Mixin of a quantizer with a commitment loss; the codebook learns by it or in an inner step."
 
@@ -295,7 +298,7 @@ def sample_codes(
         codes.append(scores.add_(gumbel_noise(scores)).argmax(1))
     return torch.cat(codes)
 
-# %% ../nbs/lib/02b_vector.ipynb #159c783f
+# %% ../nbs/lib/02b_vector.ipynb #717c781c
 class StochasticQuantizer(Annealed, VectorQuantizer):
     """VectorQuantizer whose training codes are drawn (Huh et al. 2023, Eq. 12).
 
