@@ -50,11 +50,11 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 def number(
     name: str,
     value: Any,
-    least: float | None = None,  # smallest value that is allowed
-    most: float | None = None,   # largest value that is allowed
-    above: float | None = None,  # largest value that is too small
-    below: float | None = None,  # smallest value that is too large
-) -> float:
+    least: float | int | None = None,  # smallest value that is allowed
+    most: float | int | None = None,   # largest value that is allowed
+    above: float | int | None = None,  # largest value that is too small
+    below: float | int | None = None,  # smallest value that is too large
+) -> float | int:
     "The value, if it is a finite number within these bounds; raises TypeError or ValueError."
     typed(name, value, (int, float), "a number")
     bounds = {

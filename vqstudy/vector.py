@@ -191,9 +191,6 @@ class Asking:
     def __getstate__(self) -> dict[str, Any]:
         return _without(super().__getstate__(), "loss_at", "_asked")
 
-
-_Asking = Asking  # its name before, which vqstudy.composed still imports
-
 # %% ../nbs/lib/02b_vector.ipynb #336ad648
 class Committing:
     "Mixin of a quantizer with a commitment loss; the codebook learns by it or in an inner step."
