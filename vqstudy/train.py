@@ -123,7 +123,7 @@ def _optimizer(
         return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/lib/08_train.ipynb #8667ec91
+# %% ../nbs/lib/08_train.ipynb #bbf0242a
 def _quantizers(model: nn.Module) -> list[Quantizer]:
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
@@ -136,7 +136,7 @@ def _asking(model: nn.Module) -> list[Quantizer]:
 def _alternating(model: nn.Module) -> list[Quantizer]:
     return [q for q in _quantizers(model) if getattr(q, "alternate", False)]
 
-# %% ../nbs/lib/08_train.ipynb #9bf56f62
+# %% ../nbs/lib/08_train.ipynb #660d8101
 class Updates:
     "The optimisers of a model, each step at its learning rate."
 
@@ -289,7 +289,7 @@ class Task:
         for q in self.asking:
             q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #601391a4
+# %% ../nbs/lib/08_train.ipynb #15b68451
 class Observer:
     "Shows the model to a monitor, if there is one."
 
@@ -398,7 +398,7 @@ class AlternatedStep(JointStep):
         self.updates.step(step, "codebook")
         self.updates.zero_grad("codebook")
 
-# %% ../nbs/lib/08_train.ipynb #2a7dba70
+# %% ../nbs/lib/08_train.ipynb #a30e6e14
 class FusedStep(AlternatedStep):
     "One inner and one outer step in a single forward pass, both on the whole batch."
 
@@ -421,7 +421,7 @@ class FusedStep(AlternatedStep):
                 q.inner_step = None
 
 # %% ../nbs/lib/08_train.ipynb #8bf0731c
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
     "Write atomically: a reader finds the old checkpoint or the new one, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -436,7 +436,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         half.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
     "Read what `save_checkpoint` wrote, on the CPU, executing nothing."
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -463,7 +463,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/08_train.ipynb #621260d0
+# %% ../nbs/lib/08_train.ipynb #80ef8a4d
 class History:
     "One row per epoch: means of the training losses, and what was measured after it."
 
@@ -526,7 +526,7 @@ def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str)
             "Remove it, or take its settings."
         )
 
-# %% ../nbs/lib/08_train.ipynb #2472ad51
+# %% ../nbs/lib/08_train.ipynb #bf458c71
 class Loop(Resumable):
     "Everything that a training step needs and leaves behind."
 
@@ -571,7 +571,7 @@ def _kind_of_step(model: nn.Module, s: Settings) -> type[JointStep]:
         return JointStep
     return FusedStep if s.fused and s.inner == s.outer == 1 else AlternatedStep
 
-# %% ../nbs/lib/08_train.ipynb #e3cd89d2
+# %% ../nbs/lib/08_train.ipynb #25988fcb
 class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
@@ -687,7 +687,7 @@ def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #c36f0ab0
+# %% ../nbs/lib/08_train.ipynb #b7612359
 def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
     cost = {
         "steps": steps,
