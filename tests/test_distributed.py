@@ -112,7 +112,8 @@ CASES = {
     **{spec: case(partial(recipe, spec)) for spec in ("gumbel", "sq", "router", "router + tied")},
 }
 NOISY = {"gumbel", "sq"}  # noise of each vector is a rank's own: here only their start is compared
-LOOSE = {  # with noise of each vector inside: no one process does the same, but the ranks still agree
+# with noise of each vector inside: one process does not do the same, but the ranks still agree
+LOOSE = {
     "stochastic": case(StochasticQuantizer, init="kmeans", decay=0.9, life_span=1),
     "residual + dropout": case(ResidualQuantizer, levels=3, dropout=True, make=KEPT),
 }

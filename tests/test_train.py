@@ -224,9 +224,9 @@ class Weight(nn.Module):
 def test_clipping_bounds_the_step(clip, norm, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
-    def watched(self, *args, **kwargs):
-        norms.append(float(self.param_groups[0]["params"][0].grad.norm()))
-        return step(self, *args, **kwargs)
+    def watched(optimizer, *args, **kwargs):
+        norms.append(float(optimizer.param_groups[0]["params"][0].grad.norm()))
+        return step(optimizer, *args, **kwargs)
 
     def steep(m, x, y):
         return 1e6 * m.w.sum(), {}
