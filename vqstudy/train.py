@@ -102,6 +102,7 @@ def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer
 
     One of the two is missing where there is nothing for it to learn. Each group has a `base_lr`.
     """
+    # by identity, as tensors compare element by element
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     learned = [p for p in model.parameters() if p.requires_grad]
     network = [p for p in learned if id(p) not in books]
@@ -123,7 +124,7 @@ def _optimizer(
         return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/lib/08_train.ipynb #bbf0242a
+# %% ../nbs/lib/08_train.ipynb #80a66b72
 def _quantizers(model: nn.Module) -> list[Quantizer]:
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
@@ -136,7 +137,7 @@ def _asking(model: nn.Module) -> list[Quantizer]:
 def _alternating(model: nn.Module) -> list[Quantizer]:
     return [q for q in _quantizers(model) if getattr(q, "alternate", False)]
 
-# %% ../nbs/lib/08_train.ipynb #660d8101
+# %% ../nbs/lib/08_train.ipynb #e392f881
 class Updates:
     "The optimisers of a model, each step at its learning rate."
 
@@ -204,6 +205,7 @@ class Batches:
     def rest(self, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         "The batches of the epoch that `step` lies in, from that step on."
         epoch, done = divmod(step, len(self))
+        # a generator of its own: the order does not depend on what training has drawn
         generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
         for rows in order.split(self.s.batch_size)[done : len(self)]:
@@ -289,7 +291,7 @@ class Task:
         for q in self.asking:
             q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #15b68451
+# %% ../nbs/lib/08_train.ipynb #d2094013
 class Observer:
     "Shows the model to a monitor, if there is one."
 
@@ -343,6 +345,7 @@ class JointStep:
 
     def learn(self, step: int, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         "Forward, loss, backward, step, zero_grad."
+        # the scaler does something under float16 alone
         loss, parts = self.task(x, y)
         self.losses.add(step, loss)  # raises before a loss that is not finite is learned from
         self.updates.scaler.scale(loss).backward()
@@ -363,6 +366,7 @@ def _latents(model: nn.Module, q: Quantizer, x: Float[Tensor, "b 3 h w"]) -> Flo
         kept.append(args[0])
         raise _Reached
 
+    # an exception is the only way out of a forward pass that is half done
     handle = q.register_forward_pre_hook(stop)
     try:
         with torch.no_grad():
@@ -377,6 +381,7 @@ def _latents(model: nn.Module, q: Quantizer, x: Float[Tensor, "b 3 h w"]) -> Flo
 class AlternatedStep(JointStep):
     "Inner steps on the codebook, then outer steps on the network, each on its part of the batch."
 
+    # what the task's gradient adds to a codebook waits for its next inner step
     learns = ("network",)
 
     def __call__(self, step: int, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
@@ -393,12 +398,13 @@ class AlternatedStep(JointStep):
 
     def learn_codebook(self, step: int, loss: Float[Tensor, ""]) -> None:
         "One step on the commitment loss, together with what the last outer step left."
+        # with gradients also where a quantizer calls this inside a part of it that has none
         with torch.enable_grad():
             loss.backward(inputs=self.updates.pending)
         self.updates.step(step, "codebook")
         self.updates.zero_grad("codebook")
 
-# %% ../nbs/lib/08_train.ipynb #a30e6e14
+# %% ../nbs/lib/08_train.ipynb #f3823c4e
 class FusedStep(AlternatedStep):
     "One inner and one outer step in a single forward pass, both on the whole batch."
 
@@ -463,7 +469,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/08_train.ipynb #80ef8a4d
+# %% ../nbs/lib/08_train.ipynb #c7cda3d7
 class History:
     "One row per epoch: means of the training losses, and what was measured after it."
 
@@ -503,6 +509,7 @@ class Resumable:
     def load(self, state: dict[str, Any], name: str) -> None:
         "Go on from a state; raises ValueError, which names the checkpoint, for other settings."
         _refuse_other_settings(asdict(self.s), state["settings"], name)
+        # into the tensors that the optimisers and the compiled model already hold
         self.model.load_state_dict(state["model"])
         self.updates.load(state)
         self.step = state["step"]
@@ -526,7 +533,7 @@ def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str)
             "Remove it, or take its settings."
         )
 
-# %% ../nbs/lib/08_train.ipynb #bf458c71
+# %% ../nbs/lib/08_train.ipynb #34991bf3
 class Loop(Resumable):
     "Everything that a training step needs and leaves behind."
 
@@ -571,7 +578,7 @@ def _kind_of_step(model: nn.Module, s: Settings) -> type[JointStep]:
         return JointStep
     return FusedStep if s.fused and s.inner == s.outer == 1 else AlternatedStep
 
-# %% ../nbs/lib/08_train.ipynb #25988fcb
+# %% ../nbs/lib/08_train.ipynb #ad0f2256
 class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
@@ -598,6 +605,7 @@ class Keeper:
         self.saved = self.loop.observer.clock()
 
     def after_step(self) -> None:
+        # asked once: what is late must be saved first
         late = time.time() > self.deadline
         if late or self.loop.observer.clock() - self.saved > self.save_every:
             self.save()
@@ -687,7 +695,7 @@ def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #b7612359
+# %% ../nbs/lib/08_train.ipynb #0debecc8
 def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
     cost = {
         "steps": steps,
