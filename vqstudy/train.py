@@ -124,7 +124,7 @@ def _optimizer(
         return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/lib/08_train.ipynb #80a66b72
+# %% ../nbs/lib/08_train.ipynb #1b0e21e9
 def _quantizers(model: nn.Module) -> list[Quantizer]:
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
@@ -137,7 +137,7 @@ def _asking(model: nn.Module) -> list[Quantizer]:
 def _alternating(model: nn.Module) -> list[Quantizer]:
     return [q for q in _quantizers(model) if getattr(q, "alternate", False)]
 
-# %% ../nbs/lib/08_train.ipynb #e392f881
+# %% ../nbs/lib/08_train.ipynb #818480ac
 class Updates:
     "The optimisers of a model, each step at its learning rate."
 
@@ -291,7 +291,7 @@ class Task:
         for q in self.asking:
             q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #d2094013
+# %% ../nbs/lib/08_train.ipynb #5e3b45ae
 class Observer:
     "Shows the model to a monitor, if there is one."
 
@@ -404,7 +404,7 @@ class AlternatedStep(JointStep):
         self.updates.step(step, "codebook")
         self.updates.zero_grad("codebook")
 
-# %% ../nbs/lib/08_train.ipynb #f3823c4e
+# %% ../nbs/lib/08_train.ipynb #3a954698
 class FusedStep(AlternatedStep):
     "One inner and one outer step in a single forward pass, both on the whole batch."
 
@@ -469,7 +469,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/08_train.ipynb #c7cda3d7
+# %% ../nbs/lib/08_train.ipynb #87220a96
 class History:
     "One row per epoch: means of the training losses, and what was measured after it."
 
@@ -485,6 +485,19 @@ class History:
         means = {name: float(value) / steps for name, value in self.sums.items()}
         self.rows.append({"epoch": epoch, **means, **measured})
         self.sums = {}
+
+# %% ../nbs/lib/08_train.ipynb #b0b4b03b
+def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
+    changed = [
+        f"{key} is {now.get(key)} and was {then.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
+            "Remove it, or take its settings."
+        )
 
 # %% ../nbs/lib/08_train.ipynb #9679dc22
 class Resumable:
@@ -520,20 +533,7 @@ class Resumable:
         self.observer.instruments = state["instruments"]
         set_random_state(state["random"])
 
-
-def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
-    changed = [
-        f"{key} is {now.get(key)} and was {then.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
-            "Remove it, or take its settings."
-        )
-
-# %% ../nbs/lib/08_train.ipynb #34991bf3
+# %% ../nbs/lib/08_train.ipynb #77682d23
 class Loop(Resumable):
     "Everything that a training step needs and leaves behind."
 
@@ -578,7 +578,7 @@ def _kind_of_step(model: nn.Module, s: Settings) -> type[JointStep]:
         return JointStep
     return FusedStep if s.fused and s.inner == s.outer == 1 else AlternatedStep
 
-# %% ../nbs/lib/08_train.ipynb #ad0f2256
+# %% ../nbs/lib/08_train.ipynb #ddb9c370
 class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
@@ -695,7 +695,7 @@ def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #0debecc8
+# %% ../nbs/lib/08_train.ipynb #500079f2
 def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
     cost = {
         "steps": steps,
