@@ -80,6 +80,7 @@ def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer
 
     One of the two is missing where there is nothing for it to learn. Each group has a `base_lr`.
     """
+    # by identity, as tensors compare element by element
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     learned = [p for p in model.parameters() if p.requires_grad]
     network = [p for p in learned if id(p) not in books]
@@ -101,7 +102,7 @@ def _optimizer(
         return torch.optim.SGD(group, lr, s.momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(group, lr, s.betas, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/lib/08_train.ipynb #bbf0242a
+# %% ../nbs/lib/08_train.ipynb #1b0e21e9
 def _quantizers(model: nn.Module) -> list[Quantizer]:
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
@@ -114,7 +115,7 @@ def _asking(model: nn.Module) -> list[Quantizer]:
 def _alternating(model: nn.Module) -> list[Quantizer]:
     return [q for q in _quantizers(model) if getattr(q, "alternate", False)]
 
-# %% ../nbs/lib/08_train.ipynb #660d8101
+# %% ../nbs/lib/08_train.ipynb #818480ac
 class Updates:
     "The optimisers of a model, each step at its learning rate."
 
@@ -182,6 +183,7 @@ class Batches:
     def rest(self, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         "The batches of the epoch that `step` lies in, from that step on."
         epoch, done = divmod(step, len(self))
+        # a generator of its own: the order does not depend on what training has drawn
         generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
         for rows in order.split(self.s.batch_size)[done : len(self)]:
@@ -267,7 +269,7 @@ class Task:
         for q in self.asking:
             q.attach(loss_at)
 
-# %% ../nbs/lib/08_train.ipynb #15b68451
+# %% ../nbs/lib/08_train.ipynb #5e3b45ae
 class Observer:
     "Shows the model to a monitor, if there is one."
 
@@ -321,6 +323,7 @@ class JointStep:
 
     def learn(self, step: int, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         "Forward, loss, backward, step, zero_grad."
+        # the scaler does something under float16 alone
         loss, parts = self.task(x, y)
         self.losses.add(step, loss)  # raises before a loss that is not finite is learned from
         self.updates.scaler.scale(loss).backward()
@@ -341,6 +344,7 @@ def _latents(model: nn.Module, q: Quantizer, x: Float[Tensor, "b 3 h w"]) -> Flo
         kept.append(args[0])
         raise _Reached
 
+    # an exception is the only way out of a forward pass that is half done
     handle = q.register_forward_pre_hook(stop)
     try:
         with torch.no_grad():
@@ -355,6 +359,7 @@ def _latents(model: nn.Module, q: Quantizer, x: Float[Tensor, "b 3 h w"]) -> Flo
 class AlternatedStep(JointStep):
     "Inner steps on the codebook, then outer steps on the network, each on its part of the batch."
 
+    # what the task's gradient adds to a codebook waits for its next inner step
     learns = ("network",)
 
     def __call__(self, step: int, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
@@ -371,12 +376,13 @@ class AlternatedStep(JointStep):
 
     def learn_codebook(self, step: int, loss: Float[Tensor, ""]) -> None:
         "One step on the commitment loss, together with what the last outer step left."
+        # with gradients also where a quantizer calls this inside a part of it that has none
         with torch.enable_grad():
             loss.backward(inputs=self.updates.pending)
         self.updates.step(step, "codebook")
         self.updates.zero_grad("codebook")
 
-# %% ../nbs/lib/08_train.ipynb #a30e6e14
+# %% ../nbs/lib/08_train.ipynb #3a954698
 class FusedStep(AlternatedStep):
     "One inner and one outer step in a single forward pass, both on the whole batch."
 
@@ -398,7 +404,50 @@ class FusedStep(AlternatedStep):
             for q in self.alternating:
                 q.inner_step = None
 
-# %% ../nbs/lib/08_train.ipynb #80ef8a4d
+# %% ../nbs/lib/08_train.ipynb #8bf0731c
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
+    "Write atomically: a reader finds the old checkpoint or the new one, never a part."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}.half")
+    try:
+        with open(half, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before the name points to it
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    "Read what `save_checkpoint` wrote, on the CPU, executing nothing."
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+# %% ../nbs/lib/08_train.ipynb #aa7bfb3b
+def random_state() -> dict[str, Any]:
+    "The states of Python's, numpy's and torch's generators, as plain data."
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    "Back to a state of `random_state`."
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+# %% ../nbs/lib/08_train.ipynb #87220a96
 class History:
     "One row per epoch: means of the training losses, and what was measured after it."
 
@@ -414,6 +463,19 @@ class History:
         means = {name: float(value) / steps for name, value in self.sums.items()}
         self.rows.append({"epoch": epoch, **means, **measured})
         self.sums = {}
+
+# %% ../nbs/lib/08_train.ipynb #b0b4b03b
+def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
+    changed = [
+        f"{key} is {now.get(key)} and was {then.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
+            "Remove it, or take its settings."
+        )
 
 # %% ../nbs/lib/08_train.ipynb #9679dc22
 class Resumable:
@@ -438,6 +500,7 @@ class Resumable:
     def load(self, state: dict[str, Any], name: str) -> None:
         "Go on from a state; raises ValueError, which names the checkpoint, for other settings."
         _refuse_other_settings(asdict(self.s), state["settings"], name)
+        # into the tensors that the optimisers and the compiled model already hold
         self.model.load_state_dict(state["model"])
         self.updates.load(state)
         self.step = state["step"]
@@ -448,20 +511,7 @@ class Resumable:
         self.observer.instruments = state["instruments"]
         set_random_state(state["random"])
 
-
-def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
-    changed = [
-        f"{key} is {now.get(key)} and was {then.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
-            "Remove it, or take its settings."
-        )
-
-# %% ../nbs/lib/08_train.ipynb #bf458c71
+# %% ../nbs/lib/08_train.ipynb #77682d23
 class Loop(Resumable):
     "Everything that a training step needs and leaves behind."
 
@@ -506,7 +556,7 @@ def _kind_of_step(model: nn.Module, s: Settings) -> type[JointStep]:
         return JointStep
     return FusedStep if s.fused and s.inner == s.outer == 1 else AlternatedStep
 
-# %% ../nbs/lib/08_train.ipynb #25988fcb
+# %% ../nbs/lib/08_train.ipynb #ddb9c370
 class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
@@ -533,6 +583,7 @@ class Keeper:
         self.saved = self.loop.observer.clock()
 
     def after_step(self) -> None:
+        # asked once: what is late must be saved first
         late = time.time() > self.deadline
         if late or self.loop.observer.clock() - self.saved > self.save_every:
             self.save()
@@ -622,7 +673,7 @@ def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #b7612359
+# %% ../nbs/lib/08_train.ipynb #500079f2
 def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
     cost = {
         "steps": steps,
