@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from vqstudy.categorical import RouterQuantizer
+from vqstudy.router import RouterQuantizer
 from vqstudy.lattice import LFQ
 from vqstudy.quantizers import recipe, recipes
 from vqstudy.search import nearest

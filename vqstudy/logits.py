@@ -15,7 +15,7 @@ from .base import Quantizer
 from .checks import whole
 from .codebook import Codebook
 from .estimators import estimate, full
-from .search import operator
+from .kernels import operator, tiles
 
 # %% ../nbs/lib/02bb_logits.ipynb #286e38e9
 def logit_tiles(
@@ -27,11 +27,10 @@ def logit_tiles(
     rows = min(len(x), max(1, elements // codes))
     buffers = x.new_empty(2, rows * codes)
     # the codes outside: one tile of keys meets all vectors before the next is loaded
-    for c in range(0, num_codes, codes):
-        for r in range(0, len(x), rows):
-            height, width = min(rows, len(x) - r), min(codes, num_codes - c)
-            first, second = (buffer[: height * width].view(height, width) for buffer in buffers)
-            yield slice(r, r + rows), slice(c, c + codes), first, second
+    for r, c in tiles(len(x), num_codes, rows, codes):
+        height, width = r.stop - r.start, c.stop - c.start
+        first, second = (buffer[: height * width].view(height, width) for buffer in buffers)
+        yield r, c, first, second
 
 
 def tile_logits(

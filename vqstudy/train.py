@@ -404,49 +404,6 @@ class FusedStep(AlternatedStep):
             for q in self.alternating:
                 q.inner_step = None
 
-# %% ../nbs/lib/08_train.ipynb #8bf0731c
-def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
-    "Write atomically: a reader finds the old checkpoint or the new one, never a part."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(f".{os.getpid()}.half")
-    try:
-        with open(half, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())  # on the disk before the name points to it
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    "Read what `save_checkpoint` wrote, on the CPU, executing nothing."
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-# %% ../nbs/lib/08_train.ipynb #aa7bfb3b
-def random_state() -> dict[str, Any]:
-    "The states of Python's, numpy's and torch's generators, as plain data."
-    version, internal, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    "Back to a state of `random_state`."
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
 # %% ../nbs/lib/08_train.ipynb #87220a96
 class History:
     "One row per epoch: means of the training losses, and what was measured after it."
