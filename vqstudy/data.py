@@ -9,12 +9,7 @@ __all__ = ['FACE', 'SPLITS', 'IMAGES', 'LAYOUTS', 'FACES', 'CACHE_FORMAT', 'DOWN
            'images']
 
 # %% ../nbs/lib/06_data.ipynb #6c842b80
-import hashlib
-import io
-import json
-import os
-import re
-import warnings
+import hashlib, io, json, os, re, warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +23,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from .checks import one_of, typed, whole
+# also what this module does not use itself: it can be imported from here too
 from .photos import BLOCK, PATCHES_PER_PHOTO, PHOTOS, ImageSet
 from .photos import blocks, patches, photograph, photos
 
@@ -443,13 +439,11 @@ DOWNLOADS = {"cifar10": "CIFAR10", "celeba": "CelebA"}
 def _how_to_get(root: Path, name: str, split: str) -> str:
     "Where a set was looked for, the command that gets it, and the sets that there are."
     words = "|".join(SPLITS[split])
-    places = [f"{name}/[data/]<{words}>-*.parquet"]
+    places = [f"{name}/[data/]<{words}>-*.parquet", f"{name}/<{words}>/<class>/*.jpg"]
     if name == "cifar10":
-        places.append("cifar-10-batches-py/")
+        places.insert(1, "cifar-10-batches-py/")
     if name == "celeba":
-        places.append("celeba/img_align_celeba/ with celeba/list_eval_partition.txt")
-    places.append(f"{name}/<{words}>/<class>/*.jpg")
-    if name == "celeba":
+        places.insert(1, "celeba/img_align_celeba/ with celeba/list_eval_partition.txt")
         places.append(f"the same for {FACES[1]}")
     if name in DOWNLOADS:
         call = f"images('{name}', '{split}', download=True)"

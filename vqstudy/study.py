@@ -83,11 +83,9 @@ def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str
     os.environ["VQSTUDY_WATCH"] = " ".join(str(pid) for pid in [*watched, os.getpid()])
     target = folder / "notebook.ipynb"
     with redirected(folder / "log.txt") as log:
-        streams = dict(stdout_file=log, stderr_file=log, progress_bar=False)
+        options = dict(cwd=root(), start_timeout=180, stdout_file=log, stderr_file=log)
         try:
-            papermill.execute_notebook(
-                source, target, given, cwd=root(), start_timeout=180, **streams
-            )
+            papermill.execute_notebook(source, target, given, progress_bar=False, **options)
         except papermill.PapermillExecutionError as error:
             log.write(str(error))
             return error.ename, _one_line(error.evalue)
@@ -148,8 +146,7 @@ def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: fl
         error = None
     record = read_record(cell.work / "record" / "record.json")
     if not error and (not record or record["cell"] != cell.id):
-        none = "the notebook wrote no record of this cell; it must call run.save"
-        error = ("RuntimeError", none)
+        error = "RuntimeError", "the notebook wrote no record of this cell; it must call run.save"
     if error:
         failed = _wrappers_record(cell, "failed", error, started, seconds)
         write(cell.work / "failed.json", json.dumps(failed, indent=1, sort_keys=True))
