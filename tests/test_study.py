@@ -331,17 +331,17 @@ def test_committed_rows_are_read_and_the_dry_run_tells_how_old_they_are(name):
 
 SEVERAL = "grid: [{steps: [1]}, {steps: [2]}]"
 WRONG_SWEEPS = [
-    ("[]", "wants a mapping"),
+    ("[]", "must be a mapping"),
     ("{notebook: walk", "no YAML"),
     ("{notebook: walk, scales: {tiny: {}}}", "unknown scale tiny"),
     ("{notebook: walk, scales: {desk: {girds: {}}}}", "unknown key 'girds'"),
-    ("{notebook: walk, grid: {seed: 1}, scales: {desk: {}}}", "wants a list"),
+    ("{notebook: walk, grid: {seed: 1}, scales: {desk: {}}}", "must be a list"),
     ("{notebook: walk, fixed: {seed: 1}, seeds: [1], scales: {desk: {}}}", "name it once"),
-    ("{notebook: walk, seeds: 3, scales: {desk: {}}}", "wants list"),
-    ("{notebook: walk, grid: 3, scales: {desk: {}}}", "grid is 3, wants dict or list"),
-    ("{notebook: walk, grid: [3], scales: {desk: {}}}", "wants a mapping or a list"),
-    ("{notebook: walk, grid: [], scales: {desk: {}}}", "wants a mapping or a list"),
-    ("{notebook: walk, scales: {desk: {grid: [{steps: [1]}, [2]]}}}", "desk: grid is .* mappings"),
+    ("{notebook: walk, seeds: 3, scales: {desk: {}}}", "seeds must be list, got 3"),
+    ("{notebook: walk, grid: 3, scales: {desk: {}}}", "grid must be dict or list, got 3"),
+    ("{notebook: walk, grid: [3], scales: {desk: {}}}", "must be a mapping or a list"),
+    ("{notebook: walk, grid: [], scales: {desk: {}}}", "must be a mapping or a list"),
+    ("{notebook: walk, scales: {desk: {grid: [{steps: [1]}, [2]]}}}", "desk: grid must be .* mappings"),
     (f"{{notebook: walk, {SEVERAL}, scales: {{desk: {{{SEVERAL}}}}}}}", "both list several grids"),
     ("{notebook: walk, grid: [{lr: [1.0]}, {lr: [1.0]}], scales: {desk: {}}}", "listed twice"),
     ("{notebook: nowhere, scales: {desk: {}}}", "there is no nbs/runs/nowhere.ipynb"),
@@ -527,7 +527,7 @@ def test_what_a_study_would_do(project):
     missing, _, _ = study.todo(["walks"], "desk", missing=True)
     assert [cell.id for cell in everything] == [planned[i].id for i in (0, 2, 3)]
     assert [cell.id for cell in missing] == [planned[i].id for i in (2, 3)]
-    with pytest.raises(ValueError, match="allowed: smoke, desk, gpu, paper"):
+    with pytest.raises(ValueError, match="scale must be 'smoke', .* or 'paper', got 'tiny'"):
         study.chosen("", "tiny")
     assert study.chosen("", "desk") == ["walks"] and study.chosen("a, b", "desk") == ["a", "b"]
 

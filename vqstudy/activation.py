@@ -10,6 +10,7 @@ __all__ = ['positions', 'binomial_pmf', 'p_active', 'expected_active', 'rarefied
 import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from .checks import number, whole
 
 # %% ../nbs/lib/05_activation.ipynb #6fefcd90
 def _whole_numbers(**given: ArrayLike) -> tuple[NDArray, ...]:
@@ -193,16 +194,15 @@ def rarefied_usage(counts: ArrayLike, draws: int) -> float:
     if counts.ndim != 1 or not total:
         given = f"shape {counts.shape} with sum {total}"
         raise ValueError(f"counts must be of shape (k,) and not all zero, got {given}")
-    if not 1 <= n <= total:
-        raise ValueError(f"draws must lie in 1..{total}, the observed ones, got {draws}")
+    whole("draws", int(n), most=total)  # of those that were observed
     distinct, many = np.unique(counts, return_counts=True)  # most codes of a large set share one
     missed = np.zeros(len(distinct))
     can = distinct <= total - n  # a code counted more often cannot be missed
     if can.any() and n < total:
         c = distinct[can].astype(float)
-        wanted, whole = np.full(len(c), float(n)), np.full(len(c), float(total))
-        without_code = _log_pmf(wanted, total - c, wanted, whole)
-        all_codes = _log_pmf(wanted, whole, wanted, whole)
+        wanted, observed = np.full(len(c), float(n)), np.full(len(c), float(total))
+        without_code = _log_pmf(wanted, total - c, wanted, observed)
+        all_codes = _log_pmf(wanted, observed, wanted, observed)
         missed[can] = np.exp(c * np.log(float(total - n) / total) + without_code - all_codes)
     missed[distinct == 0] = 1.0
     return float(((1 - missed) * many).sum() / len(counts))
@@ -214,9 +214,10 @@ def draws_for(usage: float, num_codes: int) -> int:
     usage: in 0..1, and below 1 unless there is one code. Raises ValueError.
     """
     k = _some_codes(num_codes)
-    if not 0 <= usage <= 1 or (usage == 1 and k > 1):
+    number("usage", usage, least=0, most=1)
+    if usage == 1 and k > 1:
         why = "no number of draws is sure to reach all codes"
-        raise ValueError(f"usage must lie in 0..1 and be below 1 ({why}), got {usage}")
+        raise ValueError(f"usage must be below 1 ({why}), got {usage}")
     if usage == 0 or k == 1:
         return int(usage > 0)
     # The equation solved for n, less one for its rounding.
@@ -251,8 +252,7 @@ def collect_all_quantile(q: float, num_codes: int, exact: bool | None = None) ->
     Raises ValueError for bad values.
     """
     k = _some_codes(num_codes)
-    if not 0 < q < 1:
-        raise ValueError(f"q must lie between 0 and 1, got {q}")
+    number("q", q, above=0, below=1)
     if exact or (exact is None and k <= 2048):
         return _collected_by(q, int(k))
     return math.ceil(k * (math.log(k) - math.log(-math.log(q))))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 import vqstudy
+from .checks import one_of, typed
 
 # %% ../nbs/lib/10a_cells.ipynb #8eb5362b
 def _is_repository(folder: Path) -> bool:
@@ -99,9 +100,7 @@ def _declaration(node: ast.stmt, where: str) -> tuple[str, type, Any]:
         raise ValueError(f"{where}: {wanted}, not `{ast.unparse(node)}`")
     name = node.target.id
     kind = ast.unparse(node.annotation).split("[")[0]  # list[int] is a list
-    if kind not in PARAMETER_TYPES:
-        allowed = ", ".join(PARAMETER_TYPES)
-        raise ValueError(f"{where}: parameter {name!r} has type {kind}; allowed: {allowed}")
+    one_of(f"{where}: the type of parameter {name!r}", kind, tuple(PARAMETER_TYPES))
     try:
         value = ast.literal_eval(node.value)
     except ValueError:
@@ -249,7 +248,7 @@ def code_digest(source: str) -> str:
     return digest(json.dumps(syntax(Bare().visit(ast.parse(source)))))
 
 # %% ../nbs/lib/10a_cells.ipynb #d23d70bf
-BOOKKEEPING = {"cells", "records", "study", "tuning"}
+BOOKKEEPING = {"cells", "processes", "records", "study", "tuning"}
 
 
 @functools.cache
@@ -357,14 +356,12 @@ def _mapping(table: Any, allowed: dict[str, tuple[type, ...]], where: str) -> di
     Raises ValueError or TypeError.
     """
     known = ", ".join(allowed)
-    if not isinstance(table, dict):
-        raise TypeError(f"{where}: is {type(table).__name__}, wants a mapping of {known}")
+    typed(where, table, dict, f"a mapping of {known}")
     for key, value in table.items():
         if key not in allowed:
             raise ValueError(f"{where}: unknown key {key!r}; known: {known}")
-        if not isinstance(value, allowed[key]):
-            types = " or ".join(kind.__name__ for kind in allowed[key])
-            raise TypeError(f"{where}: {key} is {value!r}, wants {types}")
+        types = " or ".join(kind.__name__ for kind in allowed[key])
+        typed(f"{where}: {key}", value, allowed[key], types)
     return {key: table.get(key, kinds[0]()) for key, kinds in allowed.items()}
 
 # %% ../nbs/lib/10a_cells.ipynb #7581f531
@@ -399,7 +396,8 @@ def _grids(table: dict[str, Any], where: str) -> list[dict[str, list]]:
     grids = table["grid"] if isinstance(table["grid"], list) else [table["grid"]]
     if grids and all(isinstance(grid, dict) for grid in grids):
         return grids
-    raise TypeError(f"{where}: grid is {table['grid']!r}, wants a mapping or a list of mappings")
+    wanted = "a mapping or a list of mappings"
+    raise TypeError(f"{where}: grid must be {wanted}, got {table['grid']!r}")
 
 
 def _axes(table: dict[str, Any], change: dict[str, Any], where: str) -> dict[str, list]:
@@ -417,7 +415,7 @@ def _axes(table: dict[str, Any], change: dict[str, Any], where: str) -> dict[str
         if key in fixed:
             raise ValueError(f"{where}: parameter {key!r} is fixed and in the grid; name it once")
         if not (isinstance(values, list) and values):
-            raise ValueError(f"{where}: grid {key!r} is {values!r}, wants a list of values")
+            raise ValueError(f"{where}: grid {key!r} must be a list of values, got {values!r}")
     return {key: [value] for key, value in fixed.items()} | grid
 
 # %% ../nbs/lib/10a_cells.ipynb #c8b5b775

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 from .cells import Cell, fingerprint, notebook_path, plan, root, sweep
+from .checks import one_of
 
 # %% ../nbs/lib/10b_records.ipynb #44969d4b
 def write(path: Path, content: bytes | str) -> None:
@@ -207,8 +208,7 @@ def make_record(
     Raises ValueError for an unknown status or a name used twice, TypeError for a metric that is
     not a number.
     """
-    if status not in STATUS:
-        raise ValueError(f"status was given {status!r}; allowed: {', '.join(STATUS)}")
+    one_of("status", status, STATUS)
     names = [*parameters, *metrics, *cost]
     twice = {name for name in names if names.count(name) > 1} | ({*metrics, *cost} & {*IDENTITY})
     if twice:
@@ -247,9 +247,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 # %% ../nbs/lib/10b_records.ipynb #9993def8
 def found(cell: Cell) -> dict[str, Any] | None:
-    """What a cell has left here, the first of: its record by the current code, the note of its
-    failure, its record by other code, None.
-    """
+    "The first of a cell's record by the current code, its failure's note, an older record, None."
     record = read_record(cell.folder / "record.json")
     if record and record["cell"] != cell.id:
         record = None
@@ -421,10 +419,7 @@ def _frame(path: Path, scale: str):
 
 
 def results(name: str, scale: str):
-    """The rows of a sweep at a scale, one per cell and seed, as a pandas DataFrame.
-
-    Raises FileNotFoundError.
-    """
+    "A sweep's rows at a scale, one per cell and seed (DataFrame). Raises FileNotFoundError."
     return _frame(results_folder(scale) / f"{name}.csv", scale)
 
 

@@ -14,6 +14,7 @@ from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
+from .checks import number, one_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,15 +38,14 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Student's interval of the mean of independent runs.
 
     A value that is NaN (a diverged run) makes all of it NaN.
-    Raises ValueError for no values or a level outside 0..1.
+    Raises ValueError for no values or a level that does not lie between 0 and 1.
     """
     from scipy import stats
 
     x = np.asarray(values, dtype=float)  # NaN stays, and spreads to the mean and its ends
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"values must be a sequence of at least one number, got shape {x.shape}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    number("level", level, above=0, below=1)
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, float("nan"), float("nan"), 1)
@@ -101,8 +101,7 @@ def scaled(value: float, unit: str) -> float:
 
     Raises ValueError for an unknown unit, or a ratio of what is not positive.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    one_of("unit", unit, UNITS)
     if unit == "difference" or not math.isfinite(value):
         return float(value)
     if value <= 0:
@@ -155,10 +154,8 @@ def verdict(found: Contrast | None, says: str, smallest: float) -> str:
 
     Raises ValueError for an unknown `says` and a smallest effect that is not above 0.
     """
-    if says not in SAYS:
-        raise ValueError(f"says must be one of {', '.join(SAYS)}, got {says!r}")
-    if not 0 < smallest < math.inf:
-        raise ValueError(f"smallest must be a number above 0, got {smallest}")
+    one_of("says", says, SAYS)
+    number("smallest", smallest, above=0)
     if found is None:
         return "not measured"
     if says.startswith("not "):
@@ -245,52 +242,50 @@ _TYPES = {
 _KEYS = [f.name for f in fields(Claim) if f.name != "better"]  # that comes from [metrics]
 
 
-def _key_fault(table: Mapping[str, Any]) -> str:
-    "What is wrong with the keys of a claim and their types; empty if nothing is."
+def _check_keys(table: Mapping[str, Any]) -> None:
+    "Raise ValueError for a key of a claim that is unknown, missing or of a wrong type."
     for key, value in table.items():
         if key not in _KEYS:
-            return f"unknown key {key!r}; known: {', '.join(_KEYS)}"
+            raise ValueError(f"unknown key {key!r}; known: {', '.join(_KEYS)}")
         right = isinstance(value, _TYPES.get(key, str))
         if key != "ours" and isinstance(value, bool):  # Python's True is an int
             right = False
         if not right or value in ("", {}, []):
-            return f"{key} has the value {value!r}, of a wrong type or empty"
+            raise ValueError(f"{key} has the value {value!r}, of a wrong type or empty")
     deciding = ("figure", "contrast") if "figure" in table else ("sweep", "a", "b")
     missing = [key for key in (*_KEYS[:8], *deciding) if key not in table]
     if missing:
-        return f"wants {', '.join(missing)}"
+        raise ValueError(f"wants {', '.join(missing)}")
     surplus = {"sweep", "where", "a", "b", "stand_in"} & table.keys()
     if "figure" in table and surplus:
-        return f"a figure decides it, so it takes no {', '.join(sorted(surplus))}"
+        raise ValueError(f"a figure decides it, so it takes no {', '.join(sorted(surplus))}")
     if "sweep" in table and "contrast" in table:
-        return "a sweep decides it, so it takes no contrast"
-    return ""
+        raise ValueError("a sweep decides it, so it takes no contrast")
 
 # %% ../nbs/lib/10_stats.ipynb #8bfb827d
-def _value_fault(table: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
-    "What is wrong with the values of a claim whose keys are right; empty if nothing is."
+def _check_values(table: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
+    "Raise TypeError or ValueError for a wrong value in a claim whose keys are right."
     allowed = {"source": SOURCES, "says": SAYS, "unit": UNITS}
     allowed |= {"metric": metrics, "stand_in": metrics}
     for key, values in allowed.items():
-        if key in table and table[key] not in values:
-            return f"{key} is {table[key]!r}; allowed: {', '.join(values)}"
+        if key in table:
+            one_of(key, table[key], values)
     for scale in table["scales"]:
-        if scale not in PLACES:
-            return f"scales has {scale!r}; allowed: {', '.join(PLACES)}"
+        one_of("each of scales", scale, PLACES)
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", table["id"]):
-        return "an id is lower-case words and numbers, joined by hyphens"
-    if not 0 < table["smallest"] < math.inf:
-        return f"smallest is {table['smallest']}; it must be a number above 0"
-    if table.get("unit") == "ratio" and table.get("published", 1) <= 0:
-        return f"published is {table['published']}; a ratio is above 0"
-    return ""
+        raise ValueError("an id is lower-case words and numbers, joined by hyphens")
+    number("smallest", table["smallest"], above=0)
+    if table.get("unit") == "ratio":
+        number("published, a ratio,", table.get("published", 1), above=0)
 
 
 def _claim(table: Mapping[str, Any], metrics: Mapping[str, str]) -> Claim:
     "One claim, checked. Raises ValueError."
-    fault = _key_fault(table) or _value_fault(table, metrics)
-    if fault:
-        raise ValueError(f"claim {table.get('id', 'without an id')}: {fault}")
+    try:
+        _check_keys(table)
+        _check_values(table, tuple(metrics))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"claim {table.get('id', 'without an id')}: {error}") from None
     return Claim(**table, better=metrics[table["metric"]])
 
 # %% ../nbs/lib/10_stats.ipynb #b25b97ba
@@ -298,7 +293,7 @@ def load_claims(path: str | Path) -> list[Claim]:
     """The claims of a TOML file, in its order.
 
     Raises ValueError, naming the claim, for an unknown or missing key, a wrong type or value, an
-    id used twice, a metric without a direction.
+    id used twice, a metric without a direction; TypeError for a direction that is not text.
     """
     import tomllib
 
@@ -312,8 +307,9 @@ def load_claims(path: str | Path) -> list[Claim]:
         raise ValueError(f"{name}: unknown key {unknown[0]!r}; known: metrics, claim")
     metrics = whole.get("metrics", {})
     for metric, better in metrics.items():
-        if better not in ("lower", "higher"):
-            raise ValueError(f"metric {metric}: better is {better!r}; allowed: lower, higher")
+        one_of(f"metric {metric}: better", better, ("lower", "higher"))
+    if "claim" in whole and not metrics:
+        raise ValueError(f"{name}: the table [metrics] is missing or empty")
     claims = [_claim(table, metrics) for table in whole.get("claim", [])]
     ids = [claim.id for claim in claims]
     for used in ids:
