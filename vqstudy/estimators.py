@@ -31,10 +31,11 @@ def _nothing(g: Vectors) -> Vectors:
 
 # %% ../nbs/lib/01_estimators.ipynb #158af3a3
 class _Estimate(torch.autograd.Function):
-    generate_vmap_rule = True  # torch.func.vmap goes through both passes
+    generate_vmap_rule = True  # torch.func.vmap maps both passes as they are written here
 
     @staticmethod
     def forward(z, q, rule):
+        # torch forbids in-place layers, such as ReLU(inplace=True), on an input that is returned
         return q.clone()
 
     @staticmethod
@@ -97,17 +98,23 @@ def _directions(z: Vectors, q: Vectors) -> tuple[Vectors, Vectors, Tensor]:
     one = torch.ones_like(length_z)
     return z / length_z.where(directed, one), q / length_q.where(directed, one), directed
 
+
+def _above_rounding(length: Float[Tensor, "n 1"]) -> Tensor:
+    "Where e + u or e - u, this long, has a direction: e and u are off by a few eps themselves."
+    return length > 16 * torch.finfo(length.dtype).eps
+
 # %% ../nbs/lib/01_estimators.ipynb #f98d4239
 def _half_way(e: Vectors, u: Vectors) -> Vectors:
     "The unit vector w between e and u; where u = -e, some unit vector at a right angle to e."
     w, v = e + u, e - u
     # near u = -e, e + u is mostly rounding: what lies along e - u does not belong to w
+    # (only read where e.u < 0, and there |e - u|^2 >= 2, so that the clamp changes nothing)
     along = v * _dot(v, w) / v.pow(2).sum(1, keepdim=True).clamp_min(1)
     w = torch.where(_dot(e, u) < 0, w - along, w)
     # the axis that is most across e, less its part along e
     axis = torch.zeros_like(e).scatter(1, e.abs().argmin(1, keepdim=True), 1.0)
     across = axis - e * _dot(e, axis)
-    w = torch.where(w.norm(dim=1, keepdim=True) > 16 * torch.finfo(e.dtype).eps, w, across)
+    w = torch.where(_above_rounding(w.norm(dim=1, keepdim=True)), w, across)
     return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(e.dtype).tiny)
 
 # %% ../nbs/lib/01_estimators.ipynb #9e11f664
@@ -130,7 +137,8 @@ def rotation(scale: str = "norm", project: bool = False) -> Rule:
 
     scale: "norm" (the paper's): gamma = |q|/|z|; "unit": 1; "distance": 1/(8|q-z|^2); never
     above 1e6. project: without the part along z, as the released VQGAN code does.
-    z = 0 or q = 0: straight-through; q = -z: a half turn. Raises ValueError for another scale.
+    z = 0 or q = 0: straight-through. q opposite to z: a half turn. d = 1: R^T g is g.
+    Raises ValueError for another scale.
     """
     return partial(_rotation, scale=one_of("scale", scale, GAMMAS), project=project)
 
@@ -159,9 +167,9 @@ def _reflection(z: Vectors, q: Vectors, g: Vectors, scale: str) -> Gradients:
     e, u, directed = _directions(z, q)
     r = e - u
     length = r.norm(dim=1, keepdim=True)
-    # where e and u differ by rounding alone, r has no direction
-    apart = length > 16 * torch.finfo(r.dtype).eps
-    r = torch.where(apart, r / length.clamp_min(torch.finfo(r.dtype).tiny), torch.zeros_like(r))
+    r = r / length.clamp_min(torch.finfo(r.dtype).tiny)
+    # where e and u differ by rounding alone there is no mirror, and the rule takes the identity
+    r = torch.where(_above_rounding(length), r, torch.zeros_like(r))
     mirrored = g - 2 * r * _dot(r, g)
     return torch.where(directed, _gamma(scale, z, q) * mirrored, g), _nothing(g)
 
@@ -186,13 +194,13 @@ def hessian(loss_at: LossAt) -> Rule:
 
 
 def _hessian(z: Vectors, q: Vectors, g: Vectors, loss_at: LossAt) -> Gradients:
-    curved = None
+    hessian_step = None
     with torch.enable_grad():
         leaf = q.detach().requires_grad_()
         slope = torch.autograd.grad(loss_at(leaf), leaf, create_graph=True)[0]
         if slope.requires_grad:  # not so for a linear loss, which has no curvature
-            curved = torch.autograd.grad(slope, leaf, z - q, allow_unused=True)[0]
-    return g if curved is None else g + curved, _nothing(g)
+            hessian_step = torch.autograd.grad(slope, leaf, z - q, allow_unused=True)[0]
+    return g if hessian_step is None else g + hessian_step, _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #8fe832f0
 Perturbation = Callable[[Vectors, Vectors], Vectors]  # (z, q) -> what the decoder gets

@@ -69,6 +69,7 @@ def _search_block(
     "Codes of one block of vectors."
     rows = torch.arange(len(z), device=z.device)  # those in doubt
     codes = torch.zeros_like(rows)
+    length = None
     dtypes = [torch.float32, torch.float64]
     if torch.float64 in (z.dtype, codebook.dtype):
         dtypes = [torch.float64]
@@ -79,25 +80,26 @@ def _search_block(
         )
         if z.is_cuda and not exact:
             return codes  # to ask which rows are in doubt, the step would wait for the device
-        if len(rows) == len(z):
-            length, radius = row_norms(z, budget), row_norms(codebook, budget).max()
+        if length is None:  # the norms are needed only once a row may be in doubt
+            length, longest_code = row_norms(z, budget), row_norms(codebook, budget).max()
         scale = power_of_two(codebook, dtype)
-        gap = slack(length[rows], radius, z.shape[1], scale, metric, exact)
+        gap = slack(length[rows], longest_code, z.shape[1], scale, metric, exact)
         if z.is_cuda:
             gap = 4 * gap  # tensor cores cut sums off instead of rounding them
         # NaN, from scores out of range, is in doubt too
-        doubt = ~(best.double() - second.double() > gap)
-        rows, floor = rows[doubt], (best - gap)[doubt]
+        in_doubt = ~(best.double() - second.double() > gap)
+        rows, least_score = rows[in_doubt], (best - gap)[in_doubt]
         if len(rows) == 0:
             return codes
     if exact:
-        codes[rows] = settle(z, codebook, rows, floor, metric, skip, budget)
+        # codes that score below least_score cannot win
+        codes[rows] = settle(z, codebook, rows, least_score, metric, skip, budget)
     return codes
 
 # %% ../nbs/lib/00_search.ipynb #77dd6903
 @contextmanager
 def _true_float32() -> Iterator[None]:
-    "Products of float32 are products of float32, also where TF32 or bfloat16 is allowed."
+    "float32 matrix products in full float32, even where TF32 or bfloat16 is allowed."
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     lowered = [switch for switch in switches if switch.fp32_precision in ("tf32", "bf16")]
     before = [switch.fp32_precision for switch in lowered]
@@ -193,7 +195,7 @@ def nearest(
     codebook: Float[Tensor, "k d"],     # code vectors
     metric: str = "euclidean",          # or "cosine"; a zero vector has cosine 0 with all
     exact: bool = False,                # decide in float64, exact ties to the lowest index
-    budget: int = 64 * 2**20,           # bytes of extra memory
+    budget: int = 64 * 2**20,           # bytes for the tiles, at least one row or tile
     precision: str = "auto",            # of the first look: "float32", "bfloat16" or "auto"
     check_finite: bool | None = None,   # None: on the CPU only; False under torch.func.vmap
 ) -> Int64[Tensor, "n"]:
@@ -202,7 +204,8 @@ def nearest(
     On the CPU the squared distance is within 4e-7 (|z|^2 + max|c|^2) of the least, the cosine
     within 4e-7 of the largest, in any dtype and under autocast (float64 is decided in float64).
     On a GPU only `exact` proves it. `precision` changes speed, not what is promised: "auto" takes
-    what has been measured faster on this kind of processor.
+    what has been measured faster on this kind of processor. Beside the tiles it keeps a few numbers
+    per code and per row of a block of 2^18 vectors.
     Raises ValueError or TypeError for vectors of different width, empty or non-finite input, an
     unknown metric or precision.
     """
@@ -220,7 +223,7 @@ def distances(
 ) -> Float[Tensor, "*n"]:
     "|z - c|^2 or 1 - cos of each vector to its codes, in float32, or float64 where the input is."
     _check_search(z, codebook, metric, False)
-    if codes.ndim == 2:
+    if codes.ndim == 2:  # column by column, so that z is not repeated m times
         columns = [distances(z, codebook, column, metric) for column in codes.T]
         return torch.stack(columns, 1)
     shift = 1 if metric == "cosine" else 0  # 1 - cos
