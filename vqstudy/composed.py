@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .base import Quantizer, linear
 from .checks import flag, whole
 from .estimators import estimate, none
-from .vector import Asking, VectorQuantizer
+from .vector import NeedsDecoder, VectorQuantizer
 
 # %% ../nbs/lib/02f_composed.ipynb #72e6e959
 _Make = Callable[[int, int], Quantizer]  # (width, num_codes) -> a part
@@ -164,7 +164,7 @@ class _Levels(_Composed):
         return [self.parts[i % len(self.parts)] for i in range(self.levels)]
 
 # %% ../nbs/lib/02f_composed.ipynb #394b34f6
-class _OneRule(Asking, _Levels):
+class _OneRule(NeedsDecoder, _Levels):
     "Base of a sum of levels with one rule from z to the sum."
 
     def _take_rule(self) -> None:

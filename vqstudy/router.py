@@ -57,15 +57,15 @@ def _router_gradient(
     "dL/dx, dL/dkeys and dL/dbias of dL/dlogits = p (v - s)."
     dx, dbias = torch.zeros_like(x), x.new_zeros(len(keys))
     dkeys = x.new_zeros(x.shape[1], len(keys))  # transposed: a quicker product
-    for rows, cols, p, v in logit_tiles(x, len(keys)):
+    for rows, cols, buffer, other in logit_tiles(x, len(keys)):
         # the logits of the tile become log p, then p, in the same buffer
-        log_p = tile_logits(x, keys, bias, rows, cols, p).sub_(lse[rows])
+        log_p = tile_logits(x, keys, bias, rows, cols, buffer).sub_(lse[rows])
         if g is not None:
-            torch.mm(g[rows], values[cols].T, out=v)
+            v = torch.mm(g[rows], values[cols].T, out=other)
         elif log_mean is not None:
-            torch.sub(log_mean[cols], log_p, out=v)
+            v = torch.sub(log_mean[cols], log_p, out=other)
         else:
-            v.zero_()
+            v = other.zero_()
         slope = v.sub_(s[rows]).mul_(log_p.exp_())  # dL/dlogits of the tile
         dx[rows].addmm_(slope, keys[cols])
         dkeys[:, cols].addmm_(x[rows].T, slope)
@@ -96,12 +96,12 @@ class _Routed(torch.autograd.Function):
             s = (g * mixture).sum(1, keepdim=True)
             dx, dkeys, dbias = _router_gradient(x, keys, bias, lse, s, g, codebook, None)
         else:
-            pull = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
-            dx, dkeys, dbias = _router_gradient(x, keys, bias, lse, pull, None, None, None)
-            # the chosen code's logit gets `pull` itself, too
-            dx = dx + pull * F.embedding(codes, keys)
-            dkeys = dkeys.index_add(0, codes, pull * x)
-            dbias = dbias.index_add(0, codes, pull[:, 0])
+            a = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
+            dx, dkeys, dbias = _router_gradient(x, keys, bias, lse, a, None, None, None)
+            # the chosen code's logit gets a itself, too (the table's second row)
+            dx = dx + a * F.embedding(codes, keys)
+            dkeys = dkeys.index_add(0, codes, a * x)
+            dbias = dbias.index_add(0, codes, a[:, 0])
         return dx, dkeys, None if bias is None else dbias, to_codebook, None
 
 # %% ../nbs/lib/02h_router.ipynb #eb9b50d8
@@ -123,7 +123,8 @@ def routed(
     if gate == "dense" and x.is_cuda and x.dtype != torch.float64:
         codes = route(x, keys, bias)
         return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook), codes
-    # a view, since a graph takes no tensor twice and a tied router's keys are its codebook
+    # a view: torch.compile refuses one tensor as two inputs of an autograd.Function, and a tied
+    # router's keys are its codebook
     return _Routed.apply(x, keys, bias, codebook.view_as(codebook), gate)[:2]
 
 # %% ../nbs/lib/02h_router.ipynb #27b67ad8
@@ -139,9 +140,10 @@ def _softmax_means(
 ) -> tuple[Float[Tensor, "k"], Float[Tensor, "n 1"]]:
     "Of p = softmax(x keys^T + bias): the mean over the rows, and the rows' entropies."
     mean, entropy = x.new_zeros(len(keys)), x.new_zeros(len(x), 1)
-    for rows, cols, log_p, p in logit_tiles(x, len(keys)):
-        tile_logits(x, keys, bias, rows, cols, log_p).sub_(lse[rows])
-        mean[cols].add_(torch.exp(log_p, out=p).sum(0))
+    for rows, cols, buffer, other in logit_tiles(x, len(keys)):
+        log_p = tile_logits(x, keys, bias, rows, cols, buffer).sub_(lse[rows])
+        p = torch.exp(log_p, out=other)
+        mean[cols].add_(p.sum(0))
         entropy[rows].sub_(p.mul_(log_p).sum(1, keepdim=True))
     return mean.div_(len(x)), entropy
 
@@ -242,13 +244,13 @@ class RouterQuantizer(RouterTable):
         bias: bool = False,                 # b, from 0
         init: str = "normal",               # W drawn apart, or a "copy" of E
         init_scale: float | None = None,    # standard deviation of W; None: 1/sqrt(dim)
-        entropy: float = 0.0,               # weight of the entropy term
-        entropy_temperature: float = 0.01,
+        entropy: float = 0.0, entropy_temperature: float = 0.01,  # of the entropy term: weight, T
         alpha: float = 0.0, beta: float = 0.8,  # of a commitment loss
         channel_dim: int = -1, check_finite: bool | None = None,
     ):
-        how = tied, code_dim, bias, init, init_scale
-        super().__init__(dim, num_codes, *how, channel_dim, check_finite)
+        super().__init__(
+            dim, num_codes, tied, code_dim, bias, init, init_scale, channel_dim, check_finite
+        )
         self.gate = one_of("gate", gate, ("dense", "switch"))
         self.entropy = number("entropy", entropy, least=0)
         self.entropy_temperature = number("entropy_temperature", entropy_temperature, above=0)
