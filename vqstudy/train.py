@@ -39,7 +39,7 @@ def schedule(
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
-# %% ../nbs/lib/08_train.ipynb #c0f5422a
+# %% ../nbs/lib/08_train.ipynb #a6fc9c70
 def _check_betas(betas: Any) -> None:
     "Raise TypeError or ValueError for what is not a pair of numbers at least 0 and below 1."
     typed("betas", betas, (tuple, list), "two numbers")
@@ -242,7 +242,7 @@ class Losses:
             if not math.isfinite(loss):
                 raise NonFiniteLoss(f"the loss was {loss} at step {step + 1} of {self.total}")
 
-# %% ../nbs/lib/08_train.ipynb #80aba6c6
+# %% ../nbs/lib/08_train.ipynb #d5b47dae
 def check_weights(model: nn.Module, step: int, total: int) -> None:
     "Raise NonFiniteLoss, which names the parameter, if one is not finite after so many steps."
     finite = {name: p.detach().isfinite().all() for name, p in model.named_parameters()}
@@ -504,7 +504,7 @@ class Resumable:
         self.observer.instruments = state["instruments"]
         set_random_state(state["random"])
 
-# %% ../nbs/lib/08_train.ipynb #2a91224f
+# %% ../nbs/lib/08_train.ipynb #93fae760
 def _kind_of_step(model: nn.Module, s: Settings) -> type[JointStep]:
     if not _alternating(model):
         return JointStep
