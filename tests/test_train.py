@@ -143,6 +143,35 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     assert state["step"] == 11 and all(v.isfinite().all() for v in state["model"].values())
 
 
+def test_weights_that_are_not_finite_stop_and_keep_the_checkpoint(tmp_path):
+    "The norm of a vector at 0 is finite, and its gradient is not."
+    path = tmp_path / "run.pt"
+    calls = 0
+
+    def breaks(model, x, y):
+        nonlocal calls
+        calls += 1
+        loss, parts = reconstruction_loss(model, x, y)
+        if calls == 12:
+            loss = loss + (0 * model.encoder[0].weight).pow(2).sum().sqrt()
+        return loss, parts
+
+    message = "encoder.0.weight was not finite after step 12 of 24; .*checkpoint: .*run.pt"
+    with pytest.raises(NonFiniteLoss, match=message):
+        run(path, loss=breaks)
+    state = load_checkpoint(path)
+    assert state["step"] == 11 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_the_last_step_may_not_spoil_the_weights():
+    def breaks(model, x, y):
+        return (0 * model.w).pow(2).sum().sqrt(), {}
+
+    settings = Settings(epochs=1, batch_size=16)
+    with pytest.raises(NonFiniteLoss, match="w was not finite after step 1 of 1; .*: none"):
+        fit(Weight(1.0), breaks, random_images(16), settings, progress=False)
+
+
 def test_other_settings_are_refused(tmp_path):
     path = tmp_path / "run.pt"
     run(path, epochs=1)
@@ -162,11 +191,11 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path):
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_groups_cover_every_parameter_once(kind):
     model = Autoencoder(recipe("vq", 8, 16, channel_dim=1), channels=8)
-    found = optimizers(model, Settings(codebook_optimizer=kind, codebook_lr=10.0))
-    groups = [group for optimizer in found.values() for group in optimizer.param_groups]
+    by_name = optimizers(model, Settings(codebook_optimizer=kind, codebook_lr=10.0))
+    groups = [group for optimizer in by_name.values() for group in optimizer.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    [book] = found["codebook"].param_groups
+    [book] = by_name["codebook"].param_groups
     assert len(book["params"]) == 1 and book["params"][0] is model.quantizer.book.weight
     assert book["weight_decay"] == 0 and book["base_lr"] == pytest.approx(1e-2)
 
@@ -178,9 +207,9 @@ def test_sgd_on_the_codebook_is_a_plain_step():
     kept = {}
 
     def loss(m, x, y):
-        found = reconstruction_loss(m, x, y)
+        result = reconstruction_loss(m, x, y)
         m.quantizer.book.weight.register_hook(lambda g: kept.setdefault("g", g.clone()))
-        return found
+        return result
 
     sgd = {"codebook_optimizer": "sgd", "codebook_lr": 10.0}
     settings = Settings(epochs=1, batch_size=8, warmup=0.0, lr=1e-2, **sgd)
@@ -247,11 +276,42 @@ def test_clipping_bounds_the_step(clip, norm, monkeypatch):
         ({"codebook_optimizer": "lion"}, "'lion'"),
         ({"decay": "step"}, "'cosine' or 'constant', got 'step'"),
         ({"autocast": "int8"}, "'int8'"),
+        ({"lr": -1e-3}, "lr must be a finite number at least 0, got -0.001"),
+        ({"lr": math.nan}, "lr must be a finite number at least 0, got nan"),
+        ({"codebook_lr": math.inf}, "codebook_lr must be a finite number at least 0, got inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number at least 0, got -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be a finite number at least 0 and below 1, got 1.0"),
+        ({"betas": (-0.1, 0.9)}, "betas must be a finite number at least 0 and below 1, got -0.1"),
+        ({"betas": (0.9,)}, r"betas must be two numbers, got \(0.9,\)"),
+        ({"clip": 0.0}, "clip must be a finite number above 0, got 0.0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_settings_are_named(bad, words):
     with pytest.raises(ValueError, match=words):
         Settings(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, None)}, "betas must be a number, got None"),
+        ({"clip": True}, "clip must be a number, got True"),
+        ({"seed": 0.5}, "seed must be an int, got 0.5"),
+        ({"channels_last": 1}, "channels_last must be True or False, got 1"),
+        ({"compile": "no"}, "compile must be True or False, got 'no'"),
+        ({"fused": None}, "fused must be True or False, got None"),
+    ],
+)
+def test_settings_of_another_type_are_named(bad, words):
+    with pytest.raises(TypeError, match=words):
+        Settings(**bad)
+
+
+def test_settings_at_their_bounds():
+    Settings(lr=0.0, codebook_lr=0, weight_decay=0.0, betas=(0.0, 0.999), clip=1e-9, seed=0)
 
 
 def test_a_batch_is_no_larger_than_the_set():

@@ -40,15 +40,15 @@ def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
     "Write atomically: a reader finds the old checkpoint or the new one, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(f".{os.getpid()}.half")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
-        with open(half, "wb") as f:
+        with open(unfinished, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())  # on the disk before the name points to it
-        os.replace(half, path)
+        os.replace(unfinished, path)
     finally:
-        half.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
