@@ -45,9 +45,8 @@ def sq(quantizer, z, p):
     Images are the first dimension of z.
     """
     E, x = p["book.weight"], z.reshape(-1, z.shape[-1])
-    if quantizer.variant == 1:
-        v = torch.zeros(len(x), 1, dtype=torch.float64)
-    else:
+    v = torch.full((len(x), 1), -torch.inf, dtype=torch.float64)  # variant 1: exp(s) alone
+    if quantizer.variant > 1:
         v = x @ p["head.weight"].T + p["head.bias"]
     if quantizer.variant == 2:
         means = v.reshape(len(z), -1).mean(1)

@@ -104,6 +104,16 @@ def test_sq_is_vq_where_the_variance_vanishes():
     assert torch.allclose(out.z_q, quantizer.codebook[out.codes], atol=1e-5)
 
 
+@pytest.mark.parametrize("log_scale, variance", [(-3.0, math.exp(-3)), (3.0, math.exp(3))])
+def test_variant_1_of_sq_has_no_least_variance(log_scale, variance):
+    quantizer = SQQuantizer(6, 50, variant=1)
+    quantizer.log_scale.data.fill_(log_scale)
+    x = torch.randn(5, 6)
+    assert quantizer.variance(x).tolist() == [[pytest.approx(variance)] * 6] * 5
+    out = quantizer.eval()(x)
+    assert torch.equal(out.codes, torch.cdist(x, quantizer.codebook).argmin(1))
+
+
 @pytest.mark.parametrize("variant", [1, 2, 3])
 def test_sq_with_one_variance_takes_the_nearest_code(variant):
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def gaussian_features(
 class GaussianQuantizer(TableQuantizer):
     """Base of SQ-VAE: the code c of the largest -sum_d (z - c)_d^2 / (2 var_d).
 
-    var = exp(v(z)) + exp(s); v is 0 (variant 1), or a linear map of z with a number
+    var = exp(s) (variant 1), or exp(v(z)) + exp(s), v a linear map of z with a number
     per image (2), per vector (3) or per element (4).
     """
 
@@ -45,11 +45,14 @@ class GaussianQuantizer(TableQuantizer):
 
     def variance(self, x: Float[Tensor, "n d"], batch: int = 1) -> Float[Tensor, "n d"]:
         "Of each element of x, vectors of `batch` images of the same size."
-        v = x.new_zeros(1, 1) if self.head is None else linear(x, self.head)
+        scale = self.log_scale.to(x.dtype).exp()
+        if self.head is None:
+            return scale.expand_as(x)
+        v = linear(x, self.head)
         if self.variant == 2:
             per_image = v.view(batch, -1).mean(1)
             v = per_image.repeat_interleave(len(x) // batch)[:, None]
-        return (v.exp() + self.log_scale.to(x.dtype).exp()).expand_as(x)
+        return (v.exp() + scale).expand_as(x)
 
     def assign(self, x):
         # one variance for all codes decides nothing, so that batch = 1 will do for variant 2
@@ -66,7 +69,7 @@ class SQQuantizer(Annealed, GaussianQuantizer):
     def __init__(
         self,
         dim: int, num_codes: int,
-        variant: int = 4,                   # v: 1 is 0, 2 per image, 3 per vector, 4 per element
+        variant: int = 4,                   # v: 1 none, 2 per image, 3 per vector, 4 per element
         weight: float = 1.0,                # of the whole objective, the task's term included
         temperature: float = 1.0,           # of the soft sample, at the start
         final_temperature: float = COOLED,  # and at the end of the training
