@@ -84,6 +84,7 @@ class ImageSet:
     classes: tuple[str, ...]  # their names; empty where none are known
     name: str = ""  # as read
     split: str = ""  # as read
+    source: str = ""  # where it was read, without the machine's paths: "parquet cifar10/test"
 
     def __len__(self) -> int:
         return len(self.x)
@@ -108,4 +109,5 @@ def photos(split: str, size: int = 32) -> ImageSet:
     dealt = np.stack(each, axis=1).reshape(-1, size, size, 3)  # one of each photograph in turn
     x = torch.from_numpy(dealt.transpose(0, 3, 1, 2).copy())
     y = torch.arange(len(PHOTOS)).repeat(count)
-    return ImageSet(x, y, tuple(PHOTOS), "photos", split)
+    source = "photographs of scikit-image and scikit-learn"
+    return ImageSet(x, y, tuple(PHOTOS), "photos", split, source)
