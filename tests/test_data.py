@@ -3,11 +3,14 @@
 Where VQSTUDY_DATA is set, the real sets too.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import pwd
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -996,17 +999,138 @@ def test_no_flipped_bit_is_believed(tmp_path, labels):
             assert got.y is None if labels is None else got.y.tolist() == labels
 
 
-def test_an_error_leaves_no_half_cache(root, monkeypatch):
+def broken(monkeypatch, owner, name, number, after=lambda *arguments: None):
+    "Let a function that writes to the cache fail with this errno, after a part of its work."
+    intact = getattr(owner, name)
+
+    def fail(first, *arguments, **options):
+        place = first if isinstance(first, Path) else first.name
+        if "cache" not in str(place) or (name == "open" and arguments != ("wb",)):
+            return intact(first, *arguments, **options)
+        after(first)
+        raise OSError(number, os.strerror(number), str(place))
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+CACHE_FAULTS = {
+    "mkdir, read-only": (Path, "mkdir", errno.EROFS),
+    "mkdir, forbidden": (Path, "mkdir", errno.EACCES),
+    "open, forbidden": (Path, "open", errno.EACCES),
+    "save, disk full": (np, "savez", errno.ENOSPC, lambda stream: stream.write(b"some of it")),
+    "save, quota": (np, "savez", errno.EDQUOT, lambda stream: stream.write(b"some of it")),
+    "save, hardware": (np, "savez", errno.EIO),
+    "replace, forbidden": (Path, "replace", errno.EPERM),
+    "replace, folder gone": (Path, "replace", errno.ENOENT),
+}
+
+
+def warned_once(root, *words):
+    "Both calls give the set, and together one warning, which has these words."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, again = images("pets", "train"), images("pets", "train", limit=3)
+    (warning,) = caught
+    assert re.search("(?s)" + ".*".join(map(re.escape, map(str, words))), str(warning.message))
+    assert np.array_equal(first.x.permute(0, 2, 3, 1), pixels(len(first)))
+    assert first.y.tolist()[:3] == again.y.tolist() == [0, 1, 0]
+    assert not list(root.parent.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
+def test_a_cache_that_cannot_be_written_is_done_without(root, monkeypatch, fault):
+    owner, name, number, *after = CACHE_FAULTS[fault]
     pets(root)
-
-    def full(stream, **arrays):
-        stream.write(b"some of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.np, "savez", full)
-    with fails(OSError, "No space left"):
-        images("pets", "train")
+    broken(monkeypatch, owner, name, number, *after)
+    folder = root.parent / "cache"
+    warned_once(root, f"the cache {folder} cannot be written", os.strerror(number), "VQSTUDY_CACHE")
     assert cached(root) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("VQSTUDY_DATA", str(root))
+    monkeypatch.setenv("VQSTUDY_CACHE", str(folder))
+    images("pets", "train")
+    assert len(cached(root)) == 1  # it is tried again each time
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_a_cache_folder_where_a_file_is(root, monkeypatch, below):
+    pets(root)
+    (root.parent / "occupied").touch()
+    folder = root.parent / "occupied" / below
+    monkeypatch.setenv("VQSTUDY_CACHE", str(folder))
+    warned_once(root, f"the cache {folder} cannot be written", "occupied")
+
+
+def test_a_disk_that_is_really_full(root):
+    "The system refuses to write more than a megabyte to a file."
+    pets(root, n=6000)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        warned_once(root, "cannot be written", os.strerror(errno.EFBIG))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert len(cached(root)) <= 1  # the part of three images has room
+
+
+def test_a_home_folder_that_cannot_be_written(root, monkeypatch):
+    pets(root)
+    monkeypatch.delenv("VQSTUDY_CACHE")
+    monkeypatch.chdir(root)
+    (root.parent / "nobody").touch()
+    monkeypatch.setenv("HOME", str(root.parent / "nobody"))
+    warned_once(root, root.parent / "nobody/.cache/vqstudy", "Not a directory")
+
+
+def test_a_home_folder_that_nobody_knows(root, monkeypatch):
+    pets(root)
+    monkeypatch.delenv("VQSTUDY_CACHE")
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(data, "gettempdir", lambda: str(root.parent / "tmp"))
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert len(images("pets", "train")) == 5
+    assert len(list((root.parent / "tmp/vqstudy").glob("*.npz"))) == 1
+
+
+def test_a_cache_that_cannot_be_read(root, monkeypatch, decoded):
+    pets(root)
+    images("pets", "train")
+    real_load = np.load
+
+    def forbidden(file):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(data.np, "load", forbidden)
+    warned_once(root, f"the cache {root.parent / 'cache'} cannot be read", "Permission denied")
+    monkeypatch.setattr(data.np, "load", real_load)
+    images("pets", "train")
+    assert len(decoded) == 3  # what could not be read is not thrown away
+
+
+def test_a_damaged_cache_that_cannot_be_removed(root, monkeypatch):
+    pets(root)
+    whole = images("pets", "train")
+    (file,) = (root.parent / "cache").glob("*.npz")
+    file.write_bytes(b"")
+    for name in ("unlink", "open"):
+        broken(monkeypatch, Path, name, errno.EROFS)
+    with pytest.warns(UserWarning) as caught:
+        assert torch.equal(images("pets", "train").x, whole.x)
+    assert "is damaged" in str(caught[0].message)
+    assert "cannot be written" in str(caught[1].message) and len(caught) == 2
+
+
+def test_settings_of_another_encoding_are_not_ours(tmp_path, monkeypatch):
+    monkeypatch.delenv("VQSTUDY_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_bytes("author = Jürgen".encode("latin-1"))
+    assert data.cache_folder() == tmp_path / "home/.cache/vqstudy"
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

@@ -11,9 +11,11 @@ __all__ = ['SPLITS', 'LABELS', 'IMAGES', 'LAYOUTS', 'FACES', 'CACHE_FORMAT', 'DO
 import hashlib, json, os, re, shlex, warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 from uuid import uuid4
 import numpy as np
@@ -413,16 +415,23 @@ CACHE_FORMAT = 2  # a new number makes every older file unused
 
 
 def cache_folder() -> Path:
-    "$VQSTUDY_CACHE; else `data/cache` of the checkout around us; else `~/.cache/vqstudy`."
+    """$VQSTUDY_CACHE; else `data/cache` of the checkout around us; else `~/.cache/vqstudy`.
+
+    Where nobody knows the home folder, as in some containers, the system's temporary folder.
+    """
     given = os.environ.get("VQSTUDY_CACHE")
     if given:
         return Path(given).expanduser()
     for folder in (Path.cwd(), *Path.cwd().parents):
         settings = folder / "settings.ini"
         ours = r"(?m)^lib_name\s*=\s*vqstudy\s*$"
-        if settings.is_file() and re.search(ours, settings.read_text()):
+        # Another project's settings may be in another encoding than ours.
+        if settings.is_file() and re.search(ours, settings.read_text(errors="replace")):
             return folder / "data" / "cache"
-    return Path.home() / ".cache" / "vqstudy"
+    try:
+        return Path.home() / ".cache" / "vqstudy"
+    except RuntimeError:
+        return Path(gettempdir()) / "vqstudy"
 
 
 def cache_file(source: Source, size: int | None, limit: int | None) -> Path:
@@ -440,6 +449,27 @@ def cache_file(source: Source, size: int | None, limit: int | None) -> Path:
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     stem = f"{source.name}-{source.split}-{size or 'native'}-{limit or 'all'}-{digest}"
     return cache_folder() / f"{stem}.npz"
+
+# %% ../nbs/lib/06_data.ipynb #a851347a
+_REFUSED = set()  # cache folders that a warning has named
+
+
+def _warn_of_cache(folder: Path, verb: str, error: OSError) -> None:
+    "Say once per folder that the cache cannot be read or written, and why."
+    if folder in _REFUSED:
+        return
+    _REFUSED.add(folder)
+    remedy = "set VQSTUDY_CACHE to a folder that can be written"
+    cost = "image sets are decoded again at every start"
+    warnings.warn(f"the cache {folder} cannot be {verb} ({error}), so {cost}; {remedy}")
+
+
+def _save_if_possible(file: Path, data: ImageSet) -> None:
+    "Save, or warn: the set is in memory, and a study needs no more."
+    try:
+        save(file, data)
+    except OSError as error:
+        _warn_of_cache(file.parent, "written", error)
 
 # %% ../nbs/lib/06_data.ipynb #f2959604
 def save(file: Path, data: ImageSet) -> None:
@@ -461,18 +491,22 @@ def save(file: Path, data: ImageSet) -> None:
 
 def load(file: Path) -> ImageSet | None:
     "Read what `save` wrote; None where there is nothing, or (with a warning) nothing whole."
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         with np.load(file) as kept:
             x, y, about = (kept[part] for part in ("x", "y", "about"))
         about = json.loads(str(about))
         y = torch.from_numpy(y) if about["labelled"] else None
         x, classes = torch.from_numpy(x), tuple(about["classes"])
         return ImageSet(x, y, classes, about["name"], about["split"], about["source"])
+    except PermissionError as error:
+        _warn_of_cache(file.parent, "read", error)
+        return None
     except Exception as error:  # a damaged archive fails in many ways
         warnings.warn(f"{file} is damaged and will be made again ({error})")
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that cannot be written it stays
+            file.unlink(missing_ok=True)
         return None
 
 # %% ../nbs/lib/06_data.ipynb #5cf4b070
@@ -562,5 +596,5 @@ def images(
     if part is not None:
         return part
     data = decode(source, size, limit)
-    save(file, data)
+    _save_if_possible(file, data)
     return data
