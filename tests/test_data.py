@@ -11,6 +11,7 @@ import pickle
 import pwd
 import re
 import resource
+import shlex
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from urllib.error import URLError
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -132,6 +134,12 @@ def test_everybody_has_the_same_photos():
         assert patches(position, split, 32, count)[:3, 0, 0].tolist() == corners
 
 
+def test_another_split_of_photos_is_refused():
+    for read in (lambda: data.photos("valid"), lambda: data.blocks(400, 600, "valid")):
+        with fails(ValueError, "split must be 'train' or 'test', got 'valid'"):
+            read()
+
+
 # arguments
 
 
@@ -149,6 +157,7 @@ def test_everybody_has_the_same_photos():
         (("photos", "train", 32.0), TypeError, "size must be an int, got 32.0"),
         (("photos", "train", 32, True), TypeError, "limit must be an int, got True"),
         (("photos", "train", 32, -1), ValueError, "limit must be at least 1, got -1"),
+        (("photos", "train", 32, 9, "no"), TypeError, "download must be True or False, got 'no'"),
         (("photos", "test", 32, 449), ValueError, "limit = 449 is too many: photos/test holds 448"),
     ],
 )
@@ -172,7 +181,7 @@ def test_missing_set_says_where_and_how(root, monkeypatch):
         images("celeba", "train")
     with fails(FileNotFoundError, "hf download OWNER/SET --repo-type dataset --local-dir"):
         images("imagenet100", "train")
-    with fails(FileNotFoundError, "pets/test"):
+    with fails(FileNotFoundError, "pets/test", "pets/ holds: train-00000-of-00001.parquet\n"):
         images("pets", "test")
     monkeypatch.setenv("VQSTUDY_DATA", str(root / "nowhere"))
     with fails(FileNotFoundError, "no such folder"):
@@ -180,6 +189,32 @@ def test_missing_set_says_where_and_how(root, monkeypatch):
     monkeypatch.delenv("VQSTUDY_DATA")
     with fails(FileNotFoundError, "pets needs files: set VQSTUDY_DATA"):
         images("pets", "train")
+
+
+def test_the_command_that_gets_a_set_is_one_that_a_shell_takes(root, monkeypatch):
+    (root / "my sets").mkdir()
+    monkeypatch.setenv("VQSTUDY_DATA", str(root / "my sets"))
+    with pytest.raises(FileNotFoundError) as raised:
+        images("mnist", "test")
+    command = re.search("(?m)^To get it: (hf .*), where", str(raised.value))[1]
+    assert shlex.split(command)[-2:] == ["--local-dir", str(root / "my sets/mnist")]
+    assert "CONFIGURATION" in str(raised.value) and "There are: photos" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [URLError("no network"), PermissionError(13, "Permission denied"), RuntimeError("gdown")],
+)
+def test_a_download_that_fails_says_of_what(root, monkeypatch, error):
+    import torchvision.datasets
+
+    def fetch(folder, download):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fetch)
+    words = ("could not download cifar10 to", root, type(error).__name__, re.escape(str(error)))
+    with fails(FileNotFoundError, *words):
+        images("cifar10", "test", download=True)
 
 
 def test_download_only_where_asked(root, monkeypatch):
@@ -495,6 +530,35 @@ def test_truncated_file(root):
     assert cached(root) == []
 
 
+def test_a_pointer_of_git_lfs_says_what_to_do(root):
+    file = pets(root)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with fails(ValueError, file, "truncated or is no Parquet", "run git lfs pull"):
+        images("pets", "train")
+
+
+def test_a_file_that_may_not_be_read(root, monkeypatch):
+    file = pets(root)
+
+    def forbidden(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", forbidden)
+    with fails(PermissionError, file, "cannot be read", "Permission denied"):
+        images("pets", "train")
+
+
+def test_a_set_that_memory_does_not_hold(root, monkeypatch):
+    pets(root)
+
+    def full(shape, kind):
+        raise MemoryError
+
+    monkeypatch.setattr(data.np, "empty", full)
+    with fails(MemoryError, "pets/train: 5 images of 8x8 take 0.0 GB; give a smaller size"):
+        images("pets", "train")
+
+
 @pytest.mark.parametrize("level", ["pets", "."])
 def test_wrong_checksum(root, level, monkeypatch):
     file, sums = pets(root), root / level / "SHA256SUMS"
@@ -718,7 +782,11 @@ def test_files_must_be_complete_and_agree(root):
         images("a", "train")
     second = root / "a/train-00001-of-00002.parquet"
     write(second, map(encode, pixels(2)), [0, 1], names=("dog", "cat"))
-    with fails(ValueError, second, "other columns or classes than", first):
+    words = "other columns or classes than"
+    with fails(ValueError, second, words, first, ".class names.", "get both again"):
+        images("a", "train")
+    write(second, map(encode, pixels(2)), column="img")
+    with fails(ValueError, second, words, first, "image column and label column and class names"):
         images("a", "train")
 
 
@@ -806,7 +874,7 @@ def test_cifar10_batches(root, monkeypatch):
     with fails(ValueError, "data_batch_3 is missing or has a wrong checksum"):
         images("cifar10", "train")
     (folder / "data_batch_3").unlink()
-    with fails(FileNotFoundError, "data_batch_3"):
+    with fails(FileNotFoundError, "data_batch_3 is missing", "get the set again"):
         images("cifar10", "train")
 
 
@@ -836,7 +904,8 @@ def test_faults_of_celeba_files_are_named(root):
     with fails(ValueError, folder / "000002.png", "cannot be decoded"):
         images("celeba", "train")
     (folder / "000002.png").unlink()
-    with fails(FileNotFoundError, "000002.png"):
+    missing = "is missing, of 3 files of torchvision celeba/img_align_celeba; get the set again"
+    with fails(FileNotFoundError, folder / "000002.png", missing):
         images("celeba", "train")
     (root / "celeba/list_eval_partition.txt").write_text("000001.png 0\n000002.png\n")
     with fails(ValueError, "list_eval_partition.txt, line 2: expected a file name and 0, 1 or 2"):
@@ -869,7 +938,7 @@ def test_class_folders(root):
     first = images("bugs", "train", limit=4)
     assert len(first.y.unique()) == 2 and torch.equal(first.x, train.x[:4])
     folders(root, "test", ("wasp",))
-    with fails(ValueError, "bugs/test/wasp: the training folder has no such class"):
+    with fails(ValueError, "bugs/test/wasp: the training folder has no such class; it has ant, bee"):
         images("bugs", "test")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from .checks import one_of, typed, whole
+from .checks import flag, one_of, typed, whole
 from .decode import FACE, decode_image
 # also what this module does not use itself: it can be imported from here too
 from .photos import BLOCK, PATCHES_PER_PHOTO, PHOTOS, ImageSet
@@ -140,8 +140,15 @@ def _open_parquet(file: Path) -> Any:
 
     try:
         return ParquetFile(file, page_checksum_verification=True)
+    except PermissionError as error:
+        raise PermissionError(f"{file} cannot be read: {error}") from error
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} is truncated or is no Parquet file: {error}") from error
+        # What `git clone` leaves of a large file where Git LFS is not installed.
+        with file.open("rb") as stream:
+            pointer = stream.read(23) == b"version https://git-lfs"
+        remedy = "it is a Git LFS pointer: run git lfs pull" if pointer else "get it again"
+        problem = f"{file} is truncated or is no Parquet file"
+        raise ValueError(f"{problem} ({error}); {remedy}") from error
 
 # %% ../nbs/lib/06_data.ipynb #427505cc
 LABELS = ("label", "labels", "fine_label", "coarse_label", "class", "target")  # tried in turn
@@ -175,10 +182,14 @@ def _columns(file: Path) -> tuple[str, str | None, tuple[str, ...]]:
     schema = _open_parquet(file).schema_arrow
     column = next((c for c in ("image", "img") if c in schema.names), None)
     if column is None:
-        raise ValueError(f"{file} has no column image or img; it has {', '.join(schema.names)}")
+        found = f"it has {', '.join(schema.names)}"
+        remedy = "rename the one that holds the images"
+        raise ValueError(f"{file} has no column image or img; {found}: {remedy}")
     kind = schema.field(column).type
     if "bytes" not in [kind.field(i).name for i in range(kind.num_fields)]:
-        raise ValueError(f"{file}: column {column} must be a struct {{bytes, path}}; it is {kind}")
+        remedy = "save it with a feature of type Image, as the Hugging Face hub does"
+        what = f"column {column} must be a struct {{bytes, path}}; it is {kind}"
+        raise ValueError(f"{file}: {what}: {remedy}")
     try:
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = about.get("info", {}).get("features", {})
@@ -196,8 +207,12 @@ def read_parquet(source: Source) -> Contents:
     first, *others = source.files
     column, label, classes = _columns(first)
     for file in others:
-        if _columns(file) != (column, label, classes):
-            raise ValueError(f"{file} has other columns or classes than {first}")
+        what = ("image column", "label column", "class names")
+        pairs = zip(what, _columns(file), (column, label, classes))
+        others_have = " and ".join(part for part, a, b in pairs if a != b)
+        if others_have:
+            problem = f"{file} has other columns or classes than {first} ({others_have})"
+            raise ValueError(f"{problem}: they are of two sets or versions; get both again")
     count = sum(_open_parquet(file).metadata.num_rows for file in source.files)
     columns = [column] if label is None else [column, label]
     return Contents(count, classes, _parquet_rows(source.files, columns))
@@ -217,7 +232,8 @@ def _parquet_rows(files: tuple[Path, ...], columns: list[str]) -> Iterator[Row]:
                     yield Row(place, (image or {}).get("bytes") or b"", *label)
                     number += 1
         except (ArrowException, OSError) as error:
-            raise ValueError(f"{file} is damaged at or after row {number}: {error}") from error
+            problem = f"{file} is damaged at or after row {number} ({error})"
+            raise ValueError(f"{problem}; get it again") from error
 
 # %% ../nbs/lib/06_data.ipynb #2e5332db
 def find_cifar10(root: Path, name: str, split: str) -> Source | None:
@@ -242,7 +258,8 @@ def read_cifar10(source: Source) -> Contents:
     sums[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
     for file in source.files:
         if not check_integrity(file, sums[file.name]):
-            raise ValueError(f"{file} is missing or has a wrong checksum")
+            remedy = f"delete {source.folder} and get the set again"
+            raise ValueError(f"{file} is missing or has a wrong checksum: {remedy}")
     data = CIFAR10(source.folder.parent, train=source.split == "train")
 
     def rows() -> Iterator[Row]:
@@ -317,7 +334,9 @@ def read_folder(source: Source) -> Contents:
     owners = [file.relative_to(source.folder).parts[0] for file in source.files]
     unknown = sorted(set(owners) - set(source.classes))
     if unknown:
-        raise ValueError(f"{source.folder / unknown[0]}: the training folder has no such class")
+        known = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
+        problem = "the training folder has no such class"
+        raise ValueError(f"{source.folder / unknown[0]}: {problem}; it has {known}")
     index = {name: i for i, name in enumerate(source.classes)}
     rows = (Row(str(file), file, index[owner]) for file, owner in zip(source.files, owners))
     return Contents(len(source.files), source.classes, rows)
@@ -384,6 +403,18 @@ def _label_tensor(labels: list[int | None], unlabelled: list[str]) -> Int64[Tens
         raise ValueError(f"{unlabelled[0]}: the label is missing or -1, {count}: {remedy}")
     return torch.tensor(labels, dtype=torch.int64)
 
+# %% ../nbs/lib/06_data.ipynb #73c6a940
+def _room(
+    count: int, image: UInt8[np.ndarray, "3 h w"], name: str
+) -> UInt8[np.ndarray, "n 3 h w"]:
+    "Memory for `count` images like this one; MemoryError saying how much it would be."
+    try:
+        return np.empty((count, *image.shape), np.uint8)
+    except MemoryError as error:
+        _, h, w = image.shape
+        needed = f"{count} images of {h}x{w} take {count * image.nbytes / 1e9:.1f} GB"
+        raise MemoryError(f"{name}: {needed}; give a smaller size or a limit") from error
+
 # %% ../nbs/lib/06_data.ipynb #9d51bf02
 def decode(source: Source, size: int | None = None, limit: int | None = None) -> ImageSet:
     """Read and decode the first `limit` rows of `source`.
@@ -399,10 +430,10 @@ def decode(source: Source, size: int | None = None, limit: int | None = None) ->
     x, labels, unlabelled = None, [], []
     for row, pixels in _decoded(islice(rows, count), size, share):
         if x is None:  # the first image says how much memory all of them take
-            x = np.empty((count, *pixels.shape), np.uint8)
+            x = _room(count, pixels, f"{source.name}/{source.split}")
         if pixels.shape != x.shape[1:]:
             shapes = f"{pixels.shape[1:]} pixels and the first image {x.shape[2:]}"
-            raise ValueError(f"{row.place} is {shapes}: give a size")
+            raise ValueError(f"{row.place} is {shapes}: give a size, to which all are brought")
         x[len(labels)] = pixels
         labels.append(_checked_label(row, classes))
         if labels[-1] is None:
@@ -441,7 +472,11 @@ def cache_file(source: Source, size: int | None, limit: int | None) -> Path:
     """
     files = []
     for file in source.files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except FileNotFoundError as error:
+            problem = f"{file} is missing, of {len(source.files)} files of {source.layout}"
+            raise FileNotFoundError(f"{problem}; get the set again") from error
         name = file.relative_to(source.folder).as_posix()
         files.append((name, status.st_size, status.st_mtime_ns))
     folder, reader = str(source.folder.absolute()), source.read.__name__
@@ -514,39 +549,57 @@ def load(file: Path) -> ImageSet | None:
 DOWNLOADS = {"cifar10": "CIFAR10", "celeba": "CelebA"}
 
 
+def _command_for(root: Path, name: str, split: str) -> str:
+    "The command that gets a set."
+    if name in DOWNLOADS:
+        call = f"images('{name}', '{split}', download=True)"
+        return f'python -c "from vqstudy.data import images; {call}"'
+    folder = shlex.quote(str(root / name))
+    command = f"hf download OWNER/SET --repo-type dataset --local-dir {folder}"
+    return f"{command}, where OWNER/SET is its name on the Hugging Face hub"
+
+
+def _listing(folder: Path, first: int) -> str:
+    "The first names in a folder, without hidden ones."
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    return ", ".join(names[:first] + ["..."] * (len(names) > first)) or "nothing"
+
+
 def _how_to_get(root: Path, name: str, split: str) -> str:
     "Where a set was looked for, the command that gets it, and the sets that there are."
     words = "|".join(SPLITS[split])
-    places = [f"{name}/[data/]<{words}>-*.parquet", f"{name}/<{words}>/<class>/*.jpg"]
+    places = [f"{name}/[data/|CONFIGURATION/]<{words}>-*.parquet"]
     if name == "cifar10":
-        places.insert(1, "cifar-10-batches-py/")
+        places.append("cifar-10-batches-py/")
     if name == "celeba":
-        places.insert(1, "celeba/img_align_celeba/ with celeba/list_eval_partition.txt")
+        places.append("celeba/img_align_celeba/ with celeba/list_eval_partition.txt")
+    places.append(f"{name}/<{words}>/<class>/*.jpg")
+    if name == "celeba":
         places.append(f"the same for {FACES[1]}")
-    if name in DOWNLOADS:
-        call = f"images('{name}', '{split}', download=True)"
-        command = f'python -c "from vqstudy.data import images; {call}"'
-    else:
-        command = f"hf download OWNER/SET --repo-type dataset --local-dir {root / name}"
-        command += ", where OWNER/SET is its name on the Hugging Face hub"
-    sets = ["no such folder"]
+    sets = f"There is no such folder as {root}; without one there is photos alone"
     if root.is_dir():
-        sets = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+        folders = sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+        sets = f"There are: {', '.join(['photos', *folders])}"
     lines = [
         f"{name}/{split} is not under $VQSTUDY_DATA = {root}. Looked for:",
         *(f"  {place}" for place in places),
-        f"To get it: {command}",
-        f"There are: photos, {', '.join(sets)}",
+        f"To get it: {_command_for(root, name, split)}",
+        sets,
     ]
+    if (root / name).is_dir():
+        lines.insert(-1, f"{name}/ holds: {_listing(root / name, 10)}")
     return "\n".join(lines)
 
 # %% ../nbs/lib/06_data.ipynb #b015140f
-def _check_request(name: str, split: str, size: int | None, limit: int | None) -> None:
+def _check_request(
+    name: str, split: str, size: int | None, limit: int | None, download: bool
+) -> None:
     typed("name", name, str, "a string")
     if not re.fullmatch(r"\w[\w.-]*", name):
         sets = "'photos' is one, and every folder under $VQSTUDY_DATA"
         raise ValueError(f"name {name!r} is no set: {sets}")
     one_of("split", split, tuple(SPLITS))
+    flag("download", download)
     for argument, value in (("size", size), ("limit", limit)):
         if value is not None:
             whole(argument, value)
@@ -562,7 +615,11 @@ def _find_or_download(name: str, split: str, download: bool) -> Source:
     if source is None and download and name in DOWNLOADS:
         from torchvision import datasets
 
-        getattr(datasets, DOWNLOADS[name])(root, download=True)
+        try:
+            getattr(datasets, DOWNLOADS[name])(root, download=True)
+        except Exception as error:  # of the network, the disk, or a package that is missing
+            problem = f"torchvision could not download {name} to {root}"
+            raise FileNotFoundError(f"{problem}: {type(error).__name__}: {error}") from error
         source = find(root, name, split)
     if source is None:
         raise FileNotFoundError(_how_to_get(root, name, split))
@@ -581,7 +638,7 @@ def images(
     Raises FileNotFoundError for a set that is not there, ValueError for damaged data (naming file
     and row) and wrong arguments.
     """
-    _check_request(name, split, size, limit)
+    _check_request(name, split, size, limit, download)
     if name == "photos":
         return _first_images(photos(split, 32 if size is None else size), limit)
     source = _find_or_download(name, split, download)
