@@ -186,6 +186,9 @@ def test_missing_set_says_where_and_how(root, monkeypatch):
     monkeypatch.setenv("VQSTUDY_DATA", str(root / "nowhere"))
     with fails(FileNotFoundError, "no such folder"):
         images("pets", "train")
+    monkeypatch.setenv("VQSTUDY_DATA", "~nobody-of-that-name/sets")
+    with fails(FileNotFoundError, "no such folder as ~nobody-of-that-name/sets"):
+        images("pets", "train")
     monkeypatch.delenv("VQSTUDY_DATA")
     with fails(FileNotFoundError, "pets needs files: set VQSTUDY_DATA"):
         images("pets", "train")
@@ -537,6 +540,13 @@ def test_a_pointer_of_git_lfs_says_what_to_do(root):
         images("pets", "train")
 
 
+def test_a_folder_that_is_called_as_a_file(root):
+    folder = root / "pets/train-0.parquet"
+    folder.mkdir(parents=True)
+    with fails(ValueError, folder, "is no Parquet file"):
+        images("pets", "train")
+
+
 def test_a_file_that_may_not_be_read(root, monkeypatch):
     file = pets(root)
 
@@ -760,6 +770,21 @@ def test_two_configurations_are_not_chosen_from(root):
     subprocess.run(command, shell=True, check=True)
     assert len(images("svhn_cropped", "train")) == 3
     assert len(images("svhn", "test")) == 2
+
+
+def test_a_folder_per_split_is_no_configuration(root):
+    write(root / "a/train/train-0.parquet", GOOD)
+    write(root / "a/test/test-0.parquet", GOOD[:2])
+    assert len(images("a", "train")) == 3
+    assert images("a", "test").source == "parquet a/test/test"
+
+
+def test_a_set_of_ones_own(root):
+    data.write_parquet(root / "a/train-0.parquet", GOOD, [1, 0, 1], ["cat", "dog"])
+    data.write_parquet(root / "a/test-0.parquet", GOOD[:2], column="img")
+    got = images("a", "train")
+    assert got.y.tolist() == [1, 0, 1] and got.classes == ("cat", "dog")
+    assert images("a", "test").y is None
 
 
 def test_files_beside_a_configuration_come_first(root):

@@ -299,7 +299,7 @@ def _find_or_download(name: str, split: str, download: bool) -> Source:
     if not given:
         remedy = "set VQSTUDY_DATA to the folder that holds image sets (only photos needs none)"
         raise FileNotFoundError(f"{name} needs files: {remedy}")
-    root = Path(given).expanduser()
+    root = Path(os.path.expanduser(given))  # Path's own fails where there is no such user
     source = find(root, name, split)
     if source is None and download and name in DOWNLOADS:
         from torchvision import datasets

@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'LABELS', 'IMAGES', 'LAYOUTS', 'FACES', 'write_parquet', 'R
 # %% ../nbs/lib/05c_sources.ipynb #ca06ae6a
 import hashlib, json, re, shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,9 @@ def _parquet_folders(folder: Path) -> list[Path]:
         return own
     below = sorted([*folder.glob("*"), *folder.glob("data/*")])
     found = [path for path in below if not path.name.startswith(".") and _holds_split(path)]
-    if len(found) > 1:
+    # A folder per split is no configuration.
+    by_split = all(path.name in {*SPLITS["train"], *SPLITS["test"]} for path in found)
+    if len(found) > 1 and not by_split:
         names = " and ".join(path.relative_to(folder).as_posix() for path in found)
         new = f"{folder.name}_{found[0].name}"
         move = shlex.join(["mv", str(found[0]), str(folder.with_name(new))])
@@ -137,10 +140,11 @@ def _open_parquet(file: Path) -> Any:
     except PermissionError as error:
         raise PermissionError(f"{file} cannot be read: {error}") from error
     except (ArrowException, OSError) as error:
+        remedy = "get it again"
         # What `git clone` leaves of a large file where Git LFS is not installed.
-        with file.open("rb") as stream:
-            pointer = stream.read(23) == b"version https://git-lfs"
-        remedy = "it is a Git LFS pointer: run git lfs pull" if pointer else "get it again"
+        with suppress(OSError), file.open("rb") as stream:
+            if stream.read(23) == b"version https://git-lfs":
+                remedy = "it is a Git LFS pointer: run git lfs pull"
         problem = f"{file} is truncated or is no Parquet file"
         raise ValueError(f"{problem} ({error}); {remedy}") from error
 
@@ -154,8 +158,8 @@ def _label_column(file: Path, schema: Any, features: dict[str, dict]) -> str | N
 
     found = [name for name in LABELS if name in schema.names]
     if not found:
-        is_label = lambda name: features.get(name, {}).get("_type") == "ClassLabel"
-        found = [name for name in schema.names if is_label(name)]
+        kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
+        found = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     if found[:1] == ["label"] or found == ["fine_label", "coarse_label"]:
         found = found[:1]
     if len(found) > 1:
