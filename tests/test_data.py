@@ -3,23 +3,31 @@
 Where VQSTUDY_DATA is set, the real sets too.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import pwd
+import re
+import resource
+import shlex
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from urllib.error import URLError
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from vqstudy import data
+from PIL import Image, ImageCms
+from vqstudy import data, sources
 from vqstudy.data import FACE, ImageSet, decode_image, images, patches
 
 REAL = os.environ.get("VQSTUDY_DATA")
@@ -126,6 +134,12 @@ def test_everybody_has_the_same_photos():
         assert patches(position, split, 32, count)[:3, 0, 0].tolist() == corners
 
 
+def test_another_split_of_photos_is_refused():
+    for read in (lambda: data.photos("valid"), lambda: data.blocks(400, 600, "valid")):
+        with fails(ValueError, "split must be 'train' or 'test', got 'valid'"):
+            read()
+
+
 # arguments
 
 
@@ -143,6 +157,7 @@ def test_everybody_has_the_same_photos():
         (("photos", "train", 32.0), TypeError, "size must be an int, got 32.0"),
         (("photos", "train", 32, True), TypeError, "limit must be an int, got True"),
         (("photos", "train", 32, -1), ValueError, "limit must be at least 1, got -1"),
+        (("photos", "train", 32, 9, "no"), TypeError, "download must be True or False, got 'no'"),
         (("photos", "test", 32, 449), ValueError, "limit = 449 is too many: photos/test holds 448"),
     ],
 )
@@ -166,14 +181,43 @@ def test_missing_set_says_where_and_how(root, monkeypatch):
         images("celeba", "train")
     with fails(FileNotFoundError, "hf download OWNER/SET --repo-type dataset --local-dir"):
         images("imagenet100", "train")
-    with fails(FileNotFoundError, "pets/test"):
+    with fails(FileNotFoundError, "pets/test", "pets/ holds: train-00000-of-00001.parquet\n"):
         images("pets", "test")
     monkeypatch.setenv("VQSTUDY_DATA", str(root / "nowhere"))
     with fails(FileNotFoundError, "no such folder"):
         images("pets", "train")
+    monkeypatch.setenv("VQSTUDY_DATA", "~nobody-of-that-name/sets")
+    with fails(FileNotFoundError, "no such folder as ~nobody-of-that-name/sets"):
+        images("pets", "train")
     monkeypatch.delenv("VQSTUDY_DATA")
     with fails(FileNotFoundError, "pets needs files: set VQSTUDY_DATA"):
         images("pets", "train")
+
+
+def test_the_command_that_gets_a_set_is_one_that_a_shell_takes(root, monkeypatch):
+    (root / "my sets").mkdir()
+    monkeypatch.setenv("VQSTUDY_DATA", str(root / "my sets"))
+    with pytest.raises(FileNotFoundError) as raised:
+        images("mnist", "test")
+    command = re.search("(?m)^To get it: (hf .*), where", str(raised.value))[1]
+    assert shlex.split(command)[-2:] == ["--local-dir", str(root / "my sets/mnist")]
+    assert "CONFIGURATION" in str(raised.value) and "There are: photos" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [URLError("no network"), PermissionError(13, "Permission denied"), RuntimeError("gdown")],
+)
+def test_a_download_that_fails_says_of_what(root, monkeypatch, error):
+    import torchvision.datasets
+
+    def fetch(folder, download):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fetch)
+    words = ("could not download cifar10 to", root, type(error).__name__, re.escape(str(error)))
+    with fails(FileNotFoundError, *words):
+        images("cifar10", "test", download=True)
 
 
 def test_download_only_where_asked(root, monkeypatch):
@@ -249,6 +293,235 @@ def test_gray_and_transparent_values():
     assert np.array_equal(opaque, pixels(1)[0].transpose(2, 0, 1))
 
 
+# decoding: what a viewer shows
+
+
+def stored(image, form="PNG", **options):
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png(depth, colour, values, *chunks):
+    "A PNG file of one row: `values` of `depth` bits, colour type `colour`, further (name, bytes)."
+    packed = "".join(f"{value:0{depth}b}" for value in values)
+    packed += "0" * (-len(packed) % 8)
+    row = bytes(int(packed[i : i + 8], 2) for i in range(0, len(packed), 8))
+    width = len(values) // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    for name, data in parts:
+        file += struct.pack(">I", len(data)) + name + data
+        file += struct.pack(">I", zlib.crc32(name + data))
+    return file
+
+
+def row_of(data):
+    "The pixels of the first row of an image file."
+    return decode_image(data)[:, 0].T.tolist()
+
+
+WHITE, CLEAR = [255, 255, 255], (10, 20, 30, 0)
+
+
+def transparent(mode):
+    "Two pixels, (200, 100, 50) or its grey and a transparent one, in `mode`."
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    image.putpixel((1, 0), CLEAR)
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "data, colour",
+    [
+        (stored(transparent("RGBA")), [200, 100, 50]),
+        (stored(transparent("RGBA"), "WEBP", lossless=True), [200, 100, 50]),
+        (stored(transparent("RGBA"), "TIFF"), [200, 100, 50]),
+        (stored(transparent("LA")), [124, 124, 124]),
+        (stored(transparent("LA"), "TIFF"), [124, 124, 124]),
+        (stored(transparent("RGBA").quantize(2)), [200, 100, 50]),
+        (stored(transparent("RGBA"), "GIF"), [200, 100, 50]),
+        (png(8, 3, [0, 1], (b"PLTE", bytes([9, 8, 7, 1, 2, 3])), (b"tRNS", b"\xff\0")), [9, 8, 7]),
+        (png(8, 2, [9, 8, 7, 1, 2, 3], (b"tRNS", bytes([0, 1, 0, 2, 0, 3]))), [9, 8, 7]),
+        (png(8, 0, [9, 1], (b"tRNS", b"\0\1")), [9, 9, 9]),
+        (png(4, 0, [3, 2], (b"tRNS", b"\0\2")), [51, 51, 51]),
+        (png(2, 0, [1, 2], (b"tRNS", b"\0\2")), [85, 85, 85]),
+        (png(1, 0, [0, 1], (b"tRNS", b"\0\1")), [0, 0, 0]),
+        (png(16, 0, [0x3001, 0x1234], (b"tRNS", b"\x12\x34")), [48, 48, 48]),
+        (png(16, 4, [0x3001, 0xFFFF, 0x1234, 0]), [48, 48, 48]),
+        (png(16, 2, [0x901, 0x802, 0x703, 256, 512, 768], (b"tRNS", b"\1\0\2\0\3\0")), [9, 8, 7]),
+        (png(16, 6, [0x900, 0x800, 0x700, 0xFFFF, 1, 2, 3, 0]), [9, 8, 7]),
+    ],
+)
+def test_what_is_transparent_is_white(data, colour):
+    assert row_of(data) == [colour, WHITE]
+
+
+def test_what_is_half_transparent_is_mixed():
+    half = Image.new("RGBA", (1, 1), (200, 0, 100, 51))  # a fifth
+    assert row_of(stored(half)) == [[244, 204, 224]]
+    assert row_of(stored(Image.new("LA", (1, 1), (0, 51)))) == [[204] * 3]
+    palette = png(8, 3, [0], (b"PLTE", bytes([200, 0, 100])), (b"tRNS", bytes([51])))
+    assert row_of(palette) == [[244, 204, 224]]
+
+
+def test_every_opaque_value_stays():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colours = np.stack([values, values.T, values[::-1]], -1)
+    assert np.array_equal(decode_image(encode(colours, mode="RGBA")).transpose(1, 2, 0), colours)
+    with_alpha = Image.fromarray(values).convert("LA")
+    assert np.array_equal(decode_image(stored(with_alpha))[1], values)
+    assert np.array_equal(decode_image(stored(Image.fromarray(values)))[1], values)
+
+
+DEEP = np.array([[0, 255, 256, 1000, 0x8000, 65535]], np.uint16)
+EIGHT = [0, 0, 1, 3, 128, 255]
+
+
+def tiff(bits, photometric, values, order="<"):
+    "A TIFF file of one row of 12- or 16-bit grey values; photometric 0: 0 is white."
+    pixels = np.array(values, f"{order}u2").tobytes()
+    if bits == 12:
+        packed = "".join(f"{value:012b}" for value in values)
+        pixels = int(packed, 2).to_bytes(len(packed) // 8)
+    tags = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, photometric)]
+    tags += [(273, 8), (277, 1), (278, 1), (279, len(pixels))]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return head + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        stored(Image.fromarray(DEEP)),
+        stored(Image.fromarray(DEEP), "TIFF"),
+        tiff(16, 1, DEEP[0], ">"),
+        stored(Image.fromarray(DEEP), "PPM"),
+        png(16, 0, DEEP[0].tolist()),
+        tiff(16, 1, DEEP[0]),
+        tiff(16, 0, 65535 - DEEP[0]),
+        tiff(12, 1, DEEP[0] >> 4),
+        b"P2 6 1 65535 " + b" ".join(b"%d" % value for value in DEEP[0]),
+        png(16, 2, np.repeat(DEEP[0], 3).tolist()),  # colour: as Pillow does it
+    ],
+)
+def test_sixteen_bits_are_scaled_not_clipped(data):
+    assert row_of(data) == [[value] * 3 for value in EIGHT]
+
+
+@pytest.mark.parametrize(
+    "data, values",
+    [
+        (png(1, 0, [0, 1, 1]), [0, 255, 255]),
+        (png(2, 0, [0, 1, 2, 3]), [0, 85, 170, 255]),
+        (png(4, 0, [0, 1, 15]), [0, 17, 255]),
+        (png(1, 3, [1, 0], (b"PLTE", bytes([9, 9, 9, 7, 7, 7]))), [7, 9]),
+        (b"P1 2 1 0 1", [255, 0]),  # 1 is black
+        (b"P2 3 1 15 0 1 15", [0, 17, 255]),
+        (b"P5 2 1 100 \0\x64", [0, 255]),
+        (stored(Image.new("1", (2, 1), 1), "TIFF"), [255, 255]),
+    ],
+)
+def test_few_bits_are_scaled(data, values):
+    assert row_of(data) == [[value] * 3 for value in values]
+
+
+@pytest.mark.parametrize("form", ["TIFF", "JPEG"])
+def test_cmyk_is_what_it_prints(form):
+    flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = decode_image(stored(flat, form))[:, 4, 4].astype(int)
+    assert np.abs(red - [255, 0, 0]).max() <= 3
+
+
+CORNERS = np.zeros((16, 24, 3), np.uint8)
+CORNERS[:8, :12] = 255, 0, 0
+CORNERS[:8, 12:] = 0, 255, 0
+CORNERS[8:, :12] = 0, 0, 255
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_is_turned_as_its_metadata_say(form, orientation):
+    # what has to be stored for a viewer to show CORNERS
+    turn = {
+        2: CORNERS[:, ::-1],
+        3: CORNERS[::-1, ::-1],
+        4: CORNERS[::-1],
+        5: CORNERS.transpose(1, 0, 2),
+        6: np.rot90(CORNERS),
+        7: CORNERS[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(CORNERS, -1),
+    }
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    image = Image.fromarray(np.ascontiguousarray(turn.get(orientation, CORNERS)))
+    data = stored(image, form, exif=exif, **options.get(form, {}))
+    got = decode_image(data).transpose(1, 2, 0).astype(int)
+    assert got.shape == CORNERS.shape and np.abs(got - CORNERS).max() <= 3
+    # turned before it is cropped
+    square = decode_image(data, 16).transpose(1, 2, 0).astype(int)
+    assert np.abs(square - CORNERS[:, 4:20]).max() <= 3
+
+
+def test_a_turned_image_may_be_transparent_or_deep():
+    exif = Image.Exif()
+    exif[274] = 3
+    assert row_of(stored(transparent("RGBA"), exif=exif)) == [WHITE, [200, 100, 50]]
+    assert row_of(stored(transparent("RGBA").quantize(2), exif=exif)) == [WHITE, [200, 100, 50]]
+    deep = stored(Image.fromarray(DEEP), exif=exif)
+    assert row_of(deep) == [[value] * 3 for value in EIGHT[::-1]]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff", b"no metadata at all"])
+def test_damaged_metadata_turn_nothing(exif):
+    data = stored(Image.fromarray(CORNERS), "WEBP", lossless=True, exif=exif)
+    assert np.array_equal(decode_image(data).transpose(1, 2, 0), CORNERS)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_is_read(form):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    first, *rest = (Image.new("RGB", (4, 4), colour) for colour in colours)
+    options = {"WEBP": {"lossless": True}}
+    data = stored(first, form, save_all=True, append_images=rest, **options.get(form, {}))
+    with Image.open(BytesIO(data)) as image:
+        assert image.n_frames == 3
+    assert (decode_image(data) == np.array([255, 0, 0])[:, None, None]).all()
+
+
+def test_a_transparent_first_frame():
+    first, second = transparent("RGBA"), Image.new("RGBA", (2, 1), (0, 0, 255, 255))
+    for form in ("GIF", "WEBP", "PNG"):
+        options = {"WEBP": {"lossless": True}}.get(form, {})
+        data = stored(first, form, save_all=True, append_images=[second], **options)
+        assert row_of(data) == [[200, 100, 50], WHITE], form
+
+
+def test_profile_and_gamma_are_ignored():
+    plain = pixels(1)[0]
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    got = decode_image(stored(Image.fromarray(plain), icc_profile=profile))
+    assert np.array_equal(got.transpose(1, 2, 0), plain)
+    linear = (b"gAMA", struct.pack(">I", 10**5))
+    assert row_of(png(8, 0, [0, 100], linear)) == [[0] * 3, [100] * 3]
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_unknown_range_are_refused(mode):
+    data = stored(Image.fromarray(pixels(1)[0]).convert(mode), "TIFF")
+    with fails(ValueError, f"{mode} pixels do not fit into bytes.*8 or 16 bits"):
+        decode_image(data)
+
+
+def test_an_unknown_file_shows_how_it_begins():
+    with fails(ValueError, "no image in a format that Pillow knows; they begin with b'<html>"):
+        decode_image(b"<html>not found</html>")
+
+
 def test_truncated_file(root):
     file = pets(root)
     file.write_bytes(file.read_bytes()[:-20])
@@ -260,6 +533,42 @@ def test_truncated_file(root):
     assert cached(root) == []
 
 
+def test_a_pointer_of_git_lfs_says_what_to_do(root):
+    file = pets(root)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with fails(ValueError, file, "truncated or is no Parquet", "run git lfs pull"):
+        images("pets", "train")
+
+
+def test_a_folder_that_is_called_as_a_file(root):
+    folder = root / "pets/train-0.parquet"
+    folder.mkdir(parents=True)
+    with fails(ValueError, folder, "is no Parquet file"):
+        images("pets", "train")
+
+
+def test_a_file_that_may_not_be_read(root, monkeypatch):
+    file = pets(root)
+
+    def forbidden(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", forbidden)
+    with fails(PermissionError, file, "cannot be read", "Permission denied"):
+        images("pets", "train")
+
+
+def test_a_set_that_memory_does_not_hold(root, monkeypatch):
+    pets(root)
+
+    def full(shape, kind):
+        raise MemoryError
+
+    monkeypatch.setattr(data.np, "empty", full)
+    with fails(MemoryError, "pets/train: 5 images of 8x8 take 0.0 GB; give a smaller size"):
+        images("pets", "train")
+
+
 @pytest.mark.parametrize("level", ["pets", "."])
 def test_wrong_checksum(root, level, monkeypatch):
     file, sums = pets(root), root / level / "SHA256SUMS"
@@ -267,7 +576,7 @@ def test_wrong_checksum(root, level, monkeypatch):
     sums.write_text(f"{digest}  {file.relative_to(root / level)}\n{'0' * 64}  other.bin\n")
     images("pets", "train")
     checked = []
-    monkeypatch.setattr(data, "verify", checked.append)
+    monkeypatch.setattr(sources, "verify", checked.append)
     images("pets", "train")
     assert not checked  # once only, at the first decoding
     monkeypatch.undo()
@@ -295,8 +604,7 @@ def test_a_column_of_another_type(root):
 
 GOOD = [encode(p) for p in pixels(3)]
 LARGE = pixels(1, 32, 32)[0]
-SIXTEEN_BITS = BytesIO()
-Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(SIXTEEN_BITS, "PNG")
+FLOATS = stored(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
 UNDECODABLE = [b"", b"no image", encode(LARGE)[:700], encode(LARGE, "JPEG")[:500], None]
 
 
@@ -304,11 +612,14 @@ UNDECODABLE = [b"", b"no image", encode(LARGE)[:700], encode(LARGE, "JPEG")[:500
     "written, words",
     [
         *((([*GOOD, broken],), "row 3: the image cannot be decoded") for broken in UNDECODABLE),
-        (([SIXTEEN_BITS.getvalue()],), "row 0.*I;16 pixels do not fit into bytes"),
+        (([FLOATS],), "row 0.*F pixels do not fit into bytes"),
         (([GOOD[0], encode(pixels(1, 10, 8)[0])],), "row 1 is .*10, 8.*give a size"),
         ((GOOD, [0, 2, 1]), "row 1: label 2 is out of range: 0 to 1"),
-        ((GOOD, [0, -1, 1]), "row 1: label -1 is out of range"),
-        ((GOOD, [0, None, 1]), "row 1: the label is missing"),
+        ((GOOD, [0, -2, 1]), "row 1: label -2 is out of range: 0 to 1 are the classes"),
+        ((GOOD, [0, -2, 1], None), "row 1: label -2 is out of range: classes count from 0"),
+        ((GOOD, [0, -1, 1]), r"row 1: the label is missing or -1.*1 of the 3 rows read \(row 1\)"),
+        ((GOOD, [0, None, 1]), r"row 1: the label is missing or -1.*1 of the 3 rows read \(row 1\)"),
+        ((GOOD, [-1, 1, None]), r"row 0: the label is missing.*2 of the 3 .*\(row 0, row 2\)"),
         ((GOOD, [0, 1, 1], None, "pixels"), "has no column image or img; it has pixels, label"),
         (([],), "a/train holds no image"),
     ],
@@ -335,13 +646,172 @@ def test_images_of_mixed_sizes_are_read_at_one(root):
     assert images("a", "train", 8).x.shape == (2, 3, 8, 8)
 
 
+@pytest.mark.parametrize("labels", [[-1, -1, -1], [None, None, None], [-1, None, -1]])
+def test_a_set_without_any_label_has_none(root, labels):
+    write(root / "a/test-0.parquet", GOOD, labels)
+    for _ in range(2):  # decoded, then from the cache
+        got = images("a", "test")
+        assert got.y is None and got.classes == ("cat", "dog") and len(got) == 3
+    assert images("a", "test", limit=2).y is None
+
+
+def test_many_rows_without_label_are_counted(root):
+    write(root / "a/train-0.parquet", GOOD * 5, [0] + [-1] * 14)
+    shown = ", ".join(f"row {i}" for i in range(1, 11))
+    with fails(ValueError, "row 1: the label is missing", "14 of the 15", rf"\({shown}, ...\)"):
+        images("a", "train")
+
+
+def table(file, features=None, **columns):
+    "A Parquet file of three images with these further columns."
+    column = pa.array([{"bytes": data, "path": None} for data in GOOD])
+    about = json.dumps({"info": {"features": features or {}}})
+    whole = pa.table({"image": column, **columns}).replace_schema_metadata({"huggingface": about})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(whole, file)
+    return file
+
+
+TWO = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+
+
+@pytest.mark.parametrize("name", data.LABELS)
+def test_label_columns_of_other_names(root, name):
+    features = {"image": {"_type": "Image"}, name: TWO}
+    table(root / "a/train-0.parquet", features, **{name: [1, 0, 1]})
+    got = images("a", "train")
+    assert got.y.tolist() == [1, 0, 1] and got.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "columns, taken",
+    [
+        (("coarse_label", "fine_label"), "fine_label"),
+        (("class", "label"), "label"),
+        (("labels", "target", "label"), "label"),
+        (("species", "text"), "species"),  # a ClassLabel
+        (("text",), None),
+    ],
+)
+def test_which_column_holds_the_labels(root, columns, taken):
+    labels = {name: [1, 0, 1] if name == taken else [0, 0, 0] for name in columns}
+    table(root / "a/train-0.parquet", {"species": TWO}, **labels)
+    got = images("a", "train")
+    assert got.y is None if taken is None else got.y.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "features, columns, words",
+    [
+        ({}, ("class", "target"), "labels could be class or target .it has image, class, target"),
+        ({}, ("labels", "fine_label"), "labels could be labels or fine_label"),
+        ({}, ("fine_label", "coarse_label", "target"), "fine_label or coarse_label or target"),
+        ({"kind": TWO, "breed": TWO}, ("kind", "breed"), "could be kind or breed .*rename"),
+    ],
+)
+def test_labels_that_could_be_either(root, features, columns, words):
+    file = table(root / "a/train-0.parquet", features, **{name: [1, 0, 1] for name in columns})
+    with fails(ValueError, file, words):
+        images("a", "train")
+
+
+@pytest.mark.parametrize(
+    "labels, kind",
+    [(["a", "b", "a"], "string"), ([0.0, 1.0, 1.0], "double"), ([[0], [1], [0, 1]], "list<")],
+)
+@pytest.mark.parametrize("name", ["label", "class"])
+def test_labels_that_are_no_class_indices(root, labels, kind, name):
+    file = table(root / "a/train-0.parquet", **{name: labels})
+    with fails(ValueError, file, f"column {name} holds {kind}", "class indices"):
+        images("a", "train")
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint64(), pa.bool_()])
+def test_labels_are_int64_whatever_they_were(root, kind):
+    table(root / "a/train-0.parquet", label=pa.array([1, 0, 1], pa.int8()).cast(kind))
+    got = images("a", "train")
+    assert got.y.dtype == torch.int64 and got.y.tolist() == [1, 0, 1]
+
+
+def test_metadata_that_cannot_be_read_name_the_file(root):
+    file = pets(root)
+    for about in ("{", "[]"):
+        damaged = pq.read_table(file).replace_schema_metadata({"huggingface": about})
+        pq.write_table(damaged, file)
+        with fails(ValueError, file, "its metadata 'huggingface' cannot be read"):
+            images("pets", "train")
+
+
+@pytest.mark.parametrize("folder", ["mnist", "plain_text", "data/default"])
+def test_a_set_in_a_configuration_folder(root, folder):
+    "After `hf download ylecun/mnist --repo-type dataset --local-dir ROOT/mnist`."
+    for split in ("train", "test"):
+        name = f"mnist/{folder}/{split}-00000-of-00001.parquet"
+        write(root / name, map(encode, pixels(len(split))), [0] * len(split))
+    notes = root / "mnist/.cache/huggingface/download" / folder / "test-00000-of-00001.parquet.lock"
+    notes.parent.mkdir(parents=True)
+    notes.touch()
+    (root / "mnist/README.md").write_text("---\n")
+    assert len(images("mnist", "train")) == 5 and len(images("mnist", "test")) == 4
+    assert images("mnist", "test").source == f"parquet mnist/{folder}/test"
+
+
+def test_two_configurations_are_not_chosen_from(root):
+    write(root / "svhn/cropped/train-00000-of-00001.parquet", GOOD)
+    assert len(images("svhn", "train")) == 3
+    # even where only one of them has the split
+    write(root / "svhn/full/test-00000-of-00001.parquet", GOOD[:2])
+    for split in ("train", "test"):
+        with fails(ValueError, root / "svhn", "2 configurations, cropped and full", "svhn_cropped"):
+            images("svhn", split)
+    with pytest.raises(ValueError) as raised:
+        images("svhn", "train")
+    (command,) = re.findall("'(mv .*?)'", str(raised.value))
+    subprocess.run(command, shell=True, check=True)
+    assert len(images("svhn_cropped", "train")) == 3
+    assert len(images("svhn", "test")) == 2
+
+
+def test_a_folder_per_split_is_no_configuration(root):
+    write(root / "a/train/train-0.parquet", GOOD)
+    write(root / "a/test/test-0.parquet", GOOD[:2])
+    assert len(images("a", "train")) == 3
+    assert images("a", "test").source == "parquet a/test/test"
+
+
+def test_a_set_of_ones_own(root):
+    data.write_parquet(root / "a/train-0.parquet", GOOD, [1, 0, 1], ["cat", "dog"])
+    data.write_parquet(root / "a/test-0.parquet", GOOD[:2], column="img")
+    got = images("a", "train")
+    assert got.y.tolist() == [1, 0, 1] and got.classes == ("cat", "dog")
+    assert images("a", "test").y is None
+
+
+def test_files_beside_a_configuration_come_first(root):
+    write(root / "a/train-0.parquet", GOOD)
+    write(root / "a/other/train-0.parquet", GOOD[:1])
+    write(root / "a/third/train-0.parquet", GOOD[:1])
+    assert len(images("a", "train")) == 3
+
+
+def test_files_of_two_downloads_are_not_mixed(root):
+    write(root / "a/train-00000-of-00002.parquet", GOOD)
+    write(root / "a/train-00001-of-00003.parquet", GOOD)
+    with fails(ValueError, "2 files train-", "but their names say 2 and 3; download the set again"):
+        images("a", "train")
+
+
 def test_files_must_be_complete_and_agree(root):
     first = write(root / "a/train-00000-of-00002.parquet", map(encode, pixels(2)), [0, 1])
     with fails(ValueError, "1 files train-\\*.parquet, but their names say 2"):
         images("a", "train")
     second = root / "a/train-00001-of-00002.parquet"
     write(second, map(encode, pixels(2)), [0, 1], names=("dog", "cat"))
-    with fails(ValueError, second, "other columns or classes than", first):
+    words = "other columns or classes than"
+    with fails(ValueError, second, words, first, ".class names.", "get both again"):
+        images("a", "train")
+    write(second, map(encode, pixels(2)), column="img")
+    with fails(ValueError, second, words, first, "image column and label column and class names"):
         images("a", "train")
 
 
@@ -423,12 +893,13 @@ def test_cifar10_batches(root, monkeypatch):
     assert train.y.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
     assert test.y.tolist() == [5, 9]
     assert train.classes == tuple(names)
+    assert train.source == test.source == "torchvision cifar-10-batches-py"
     assert len(images("cifar10", "train", limit=3)) == 3
     put("data_batch_3", part(0))
     with fails(ValueError, "data_batch_3 is missing or has a wrong checksum"):
         images("cifar10", "train")
     (folder / "data_batch_3").unlink()
-    with fails(FileNotFoundError, "data_batch_3"):
+    with fails(FileNotFoundError, "data_batch_3 is missing", "get the set again"):
         images("cifar10", "train")
 
 
@@ -458,7 +929,8 @@ def test_faults_of_celeba_files_are_named(root):
     with fails(ValueError, folder / "000002.png", "cannot be decoded"):
         images("celeba", "train")
     (folder / "000002.png").unlink()
-    with fails(FileNotFoundError, "000002.png"):
+    missing = "is missing, of 3 files of torchvision celeba/img_align_celeba; get the set again"
+    with fails(FileNotFoundError, folder / "000002.png", missing):
         images("celeba", "train")
     (root / "celeba/list_eval_partition.txt").write_text("000001.png 0\n000002.png\n")
     with fails(ValueError, "list_eval_partition.txt, line 2: expected a file name and 0, 1 or 2"):
@@ -491,8 +963,24 @@ def test_class_folders(root):
     first = images("bugs", "train", limit=4)
     assert len(first.y.unique()) == 2 and torch.equal(first.x, train.x[:4])
     folders(root, "test", ("wasp",))
-    with fails(ValueError, "bugs/test/wasp: the training folder has no such class"):
+    with fails(ValueError, "bugs/test/wasp", "training folder has no such class; it has ant, bee"):
         images("bugs", "test")
+
+
+def test_hidden_folders_are_no_classes(root):
+    folders(root)
+    for hidden in (".ipynb_checkpoints", "ant/.ipynb_checkpoints", ".git"):
+        (root / "bugs/train" / hidden).mkdir()
+        (root / "bugs/train" / hidden / "0-checkpoint.png").write_bytes(b"x")
+    got = images("bugs", "train")
+    assert got.classes == ("ant", "bee") and got.y.bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("form, suffix", [("GIF", "gif"), ("JPEG2000", "jp2"), ("PPM", "PNM")])
+def test_images_of_every_kind_in_class_folders(root, form, suffix):
+    folders(root)
+    (root / f"bugs/train/ant/more.{suffix}").write_bytes(encode(pixels(1)[0], form))
+    assert len(images("bugs", "train")) == 9
 
 
 def test_class_folders_name_a_broken_file(root):
@@ -500,6 +988,22 @@ def test_class_folders_name_a_broken_file(root):
     (root / "bugs/train/bee/2.png").write_bytes(b"x")
     with fails(ValueError, root / "bugs/train/bee/2.png", "cannot be decoded"):
         images("bugs", "train")
+
+
+def test_the_source_says_what_was_read(root):
+    assert images("photos", "test").source == "photographs of scikit-image and scikit-learn"
+    folders(root, "val", ("bee",))
+    assert images("bugs", "test").source == "folders bugs/val"
+    write(root / "bugs/data/valid-0.parquet", GOOD)
+    celeba(root)
+    said = "torchvision celeba/img_align_celeba"
+    for limit in (None, 2):  # from the cache, and a part of it
+        assert images("bugs", "test", limit=limit).source == "parquet bugs/data/valid"
+        assert images("celeba", "train", limit=limit).source == said
+    write(root / "celeba10k/train-0.parquet", map(encode, pixels(2, 109, 89)))
+    (root / "celeba/list_eval_partition.txt").unlink()
+    assert images("celeba", "train").source == "parquet celeba10k/train"
+    assert ImageSet(torch.zeros(1, 3, 8, 8), None, ()).source == ""
 
 
 def test_order_of_layouts(root):
@@ -589,17 +1093,138 @@ def test_no_flipped_bit_is_believed(tmp_path, labels):
             assert got.y is None if labels is None else got.y.tolist() == labels
 
 
-def test_an_error_leaves_no_half_cache(root, monkeypatch):
+def broken(monkeypatch, owner, name, number, after=lambda *arguments: None):
+    "Let a function that writes to the cache fail with this errno, after a part of its work."
+    intact = getattr(owner, name)
+
+    def fail(first, *arguments, **options):
+        place = first if isinstance(first, Path) else first.name
+        if "cache" not in str(place) or (name == "open" and arguments != ("wb",)):
+            return intact(first, *arguments, **options)
+        after(first)
+        raise OSError(number, os.strerror(number), str(place))
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+CACHE_FAULTS = {
+    "mkdir, read-only": (Path, "mkdir", errno.EROFS),
+    "mkdir, forbidden": (Path, "mkdir", errno.EACCES),
+    "open, forbidden": (Path, "open", errno.EACCES),
+    "save, disk full": (np, "savez", errno.ENOSPC, lambda stream: stream.write(b"some of it")),
+    "save, quota": (np, "savez", errno.EDQUOT, lambda stream: stream.write(b"some of it")),
+    "save, hardware": (np, "savez", errno.EIO),
+    "replace, forbidden": (Path, "replace", errno.EPERM),
+    "replace, folder gone": (Path, "replace", errno.ENOENT),
+}
+
+
+def warned_once(root, *words):
+    "Both calls give the set, and together one warning, which has these words."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, again = images("pets", "train"), images("pets", "train", limit=3)
+    (warning,) = caught
+    assert re.search("(?s)" + ".*".join(map(re.escape, map(str, words))), str(warning.message))
+    assert np.array_equal(first.x.permute(0, 2, 3, 1), pixels(len(first)))
+    assert first.y.tolist()[:3] == again.y.tolist() == [0, 1, 0]
+    assert not list(root.parent.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
+def test_a_cache_that_cannot_be_written_is_done_without(root, monkeypatch, fault):
+    owner, name, number, *after = CACHE_FAULTS[fault]
     pets(root)
-
-    def full(stream, **arrays):
-        stream.write(b"some of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.np, "savez", full)
-    with fails(OSError, "No space left"):
-        images("pets", "train")
+    broken(monkeypatch, owner, name, number, *after)
+    folder = root.parent / "cache"
+    warned_once(root, f"the cache {folder} cannot be written", os.strerror(number), "VQSTUDY_CACHE")
     assert cached(root) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("VQSTUDY_DATA", str(root))
+    monkeypatch.setenv("VQSTUDY_CACHE", str(folder))
+    images("pets", "train")
+    assert len(cached(root)) == 1  # it is tried again each time
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_a_cache_folder_where_a_file_is(root, monkeypatch, below):
+    pets(root)
+    (root.parent / "occupied").touch()
+    folder = root.parent / "occupied" / below
+    monkeypatch.setenv("VQSTUDY_CACHE", str(folder))
+    warned_once(root, f"the cache {folder} cannot be written", "occupied")
+
+
+def test_a_disk_that_is_really_full(root):
+    "The system refuses to write more than a megabyte to a file."
+    pets(root, n=6000)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        warned_once(root, "cannot be written", os.strerror(errno.EFBIG))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert len(cached(root)) <= 1  # the part of three images has room
+
+
+def test_a_home_folder_that_cannot_be_written(root, monkeypatch):
+    pets(root)
+    monkeypatch.delenv("VQSTUDY_CACHE")
+    monkeypatch.chdir(root)
+    (root.parent / "nobody").touch()
+    monkeypatch.setenv("HOME", str(root.parent / "nobody"))
+    warned_once(root, root.parent / "nobody/.cache/vqstudy", "Not a directory")
+
+
+def test_a_home_folder_that_nobody_knows(root, monkeypatch):
+    pets(root)
+    monkeypatch.delenv("VQSTUDY_CACHE")
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(data, "gettempdir", lambda: str(root.parent / "tmp"))
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert len(images("pets", "train")) == 5
+    assert len(list((root.parent / "tmp/vqstudy").glob("*.npz"))) == 1
+
+
+def test_a_cache_that_cannot_be_read(root, monkeypatch, decoded):
+    pets(root)
+    images("pets", "train")
+    real_load = np.load
+
+    def forbidden(file):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(data.np, "load", forbidden)
+    warned_once(root, f"the cache {root.parent / 'cache'} cannot be read", "Permission denied")
+    monkeypatch.setattr(data.np, "load", real_load)
+    images("pets", "train")
+    assert len(decoded) == 3  # what could not be read is not thrown away
+
+
+def test_a_damaged_cache_that_cannot_be_removed(root, monkeypatch):
+    pets(root)
+    whole = images("pets", "train")
+    (file,) = (root.parent / "cache").glob("*.npz")
+    file.write_bytes(b"")
+    for name in ("unlink", "open"):
+        broken(monkeypatch, Path, name, errno.EROFS)
+    with pytest.warns(UserWarning) as caught:
+        assert torch.equal(images("pets", "train").x, whole.x)
+    assert "is damaged" in str(caught[0].message)
+    assert "cannot be written" in str(caught[1].message) and len(caught) == 2
+
+
+def test_settings_of_another_encoding_are_not_ours(tmp_path, monkeypatch):
+    monkeypatch.delenv("VQSTUDY_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_bytes("author = Jürgen".encode("latin-1"))
+    assert data.cache_folder() == tmp_path / "home/.cache/vqstudy"
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

@@ -49,6 +49,7 @@ BLOCK = 100
 
 def blocks(height: int, width: int, split: str) -> list[tuple[int, int]]:
     "Top left corners (row, column) in pixels of the blocks of `split`, 'train' or 'test'."
+    one_of("split", split, ("train", "test"))
     corners = []
     for r in range(height // BLOCK):
         for c in range(width // BLOCK):
@@ -84,6 +85,7 @@ class ImageSet:
     classes: tuple[str, ...]  # their names; empty where none are known
     name: str = ""  # as read
     split: str = ""  # as read
+    source: str = ""  # where it was read, without the machine's paths: "parquet cifar10/test"
 
     def __len__(self) -> int:
         return len(self.x)
@@ -100,12 +102,13 @@ PATCHES_PER_PHOTO = {"train": 320, "test": 64}
 def photos(split: str, size: int = 32) -> ImageSet:
     """Patches of seven photographs, labelled by photograph: 2,240 for training, 448 for testing.
 
-    size: 8 to 64 pixels. Raises ValueError for another.
+    size: 8 to 64 pixels. Raises ValueError for another, and for another split.
     """
     whole("size of photos", size, least=8, most=64)
-    count = PATCHES_PER_PHOTO[split]
+    count = PATCHES_PER_PHOTO[one_of("split", split, tuple(PATCHES_PER_PHOTO))]
     each = [patches(photograph(name), split, size, count) for name in PHOTOS]
     dealt = np.stack(each, axis=1).reshape(-1, size, size, 3)  # one of each photograph in turn
     x = torch.from_numpy(dealt.transpose(0, 3, 1, 2).copy())
     y = torch.arange(len(PHOTOS)).repeat(count)
-    return ImageSet(x, y, tuple(PHOTOS), "photos", split)
+    source = "photographs of scikit-image and scikit-learn"
+    return ImageSet(x, y, tuple(PHOTOS), "photos", split, source)
