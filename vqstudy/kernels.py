@@ -315,7 +315,11 @@ def operator(
     like: Callable,                 # makes empty results of the right shapes
     vmap: Callable | None = None,   # the rule for torch.func.vmap, as `register_vmap` takes it
 ) -> Callable[[Callable], Callable]:
-    "Decorator: the function, its name without the leading underscore, as an operator of torch."
+    """Decorator: the function, its name without the leading underscore, as an operator of torch.
+
+    No gradient passes. `like` takes sizes from `x.shape`, not `len(x)`, which makes a number of a
+    size that a graph leaves open.
+    """
 
     def register(function: Callable) -> Callable:
         # a notebook and the module that it exports may live in one process
@@ -326,7 +330,9 @@ def operator(
             _libraries[space] = torch.library.Library(space, "FRAGMENT")
         library = _libraries[space]
         library.define(name + signature)
-        library.impl(name, function, "CompositeExplicitAutograd")
+        # its body writes into buffers: where gradients are on, as in an exported program,
+        # autograd would refuse that; going backward through an operator warns, in torch itself
+        library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{space}::{name}", like, lib=library)
         registered = getattr(getattr(torch.ops, space), name).default
         if vmap is not None:

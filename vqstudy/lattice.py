@@ -217,8 +217,9 @@ class FSQ(Lattice):
 # %% ../nbs/lib/02d_lattice.ipynb #d16368a5
 def _products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n c"]:
     "The probabilities of all 2^m sign patterns, the first sign the fastest."
-    p = logits.new_ones(len(logits), 1)
-    for column in logits.unbind(1):
+    p = logits.new_ones(logits.shape[0], 1)
+    # by number: a program that unbinds no columns is saved, but cannot be loaded
+    for column in (logits[:, i] for i in range(logits.shape[1])):
         minus, plus = torch.sigmoid(-column)[:, None], torch.sigmoid(column)[:, None]
         p = torch.cat([p * minus, p * plus], 1)
     return p
@@ -226,7 +227,7 @@ def _products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "n c"]:
 
 def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
     "The mean of `_products` over the batch: one product of the halves, no n x 2^m matrix."
-    half, n = logits.shape[1] // 2, len(logits)
+    half, n = logits.shape[1] // 2, logits.shape[0]
     return (_products(logits[:, half:]).T @ _products(logits[:, :half]) / n).flatten()
 
 
@@ -245,7 +246,7 @@ def entropies(
     each = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
     if joint:
-        means = [joint_mean(mean, len(logits)) for mean in means]
+        means = [joint_mean(mean, logits.shape[0]) for mean in means]
     return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
 
 # %% ../nbs/lib/02d_lattice.ipynb #28ec0d55

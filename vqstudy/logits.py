@@ -59,8 +59,8 @@ def _largest(scores: Float[Tensor, "r k"], group: int = 32) -> Int64[Tensor, "r 
 # %% ../nbs/lib/02bb_logits.ipynb #e7158ad0
 def _like_scan(x, keys, bias, values, weigh):
     width = 0 if values is None else values.shape[1]
-    codes = x.new_empty(len(x), dtype=torch.int64)
-    return codes, x.new_empty(len(x), 1), x.new_empty(len(x), width)
+    n = x.shape[0]
+    return x.new_empty(n, dtype=torch.int64), x.new_empty(n, 1), x.new_empty(n, width)
 
 
 @operator(
