@@ -15,15 +15,15 @@ from .base import Quantizer
 from .checks import whole
 from .codebook import Codebook
 from .estimators import estimate, full
-from .kernels import operator, tiles
+from .kernels import on_gpu, operator, tiles
 
 # %% ../nbs/lib/02bb_logits.ipynb #286e38e9
 def logit_tiles(
     x: Float[Tensor, "n d"], num_codes: int
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "r c"], Float[Tensor, "r c"]]]:
     "Slices of rows and of codes, each pair with the same two buffers, uninitialised."
-    codes = num_codes if x.is_cuda else min(2048, num_codes)
-    elements = 2**24 if x.is_cuda else 2**21
+    codes = num_codes if on_gpu(x) else min(2048, num_codes)
+    elements = 2**24 if on_gpu(x) else 2**21
     rows = min(len(x), max(1, elements // codes))
     buffers = x.new_empty(2, rows * codes)
     # the codes outside: one tile of keys meets all vectors before the next is loaded
