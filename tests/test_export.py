@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, ExportedProgram
-from vqstudy.base import Quantized
+from vqstudy.base import Quantized, Quantizer
 from vqstudy.codebook import Replacement
 from vqstudy.composed import GroupQuantizer, ResidualQuantizer
 from vqstudy.kernels import operator
@@ -135,6 +135,14 @@ def test_one_training_graph_for_all_batches(name):
 @pytest.mark.parametrize("name", GRAPHS_OF_CODES)
 def test_one_graph_for_all_batches(name):
     assert graphs_of_sizes(build(name).eval(), name) == 1
+
+
+@pytest.mark.parametrize("name", ["vq", "vq + rotation", "router", "gumbel"])
+def test_a_program_gives_z_no_gradient(name):
+    "It holds no rules, as the docstring of Quantizer says."
+    z = sample(name, 3).requires_grad_()
+    loaded(build(name).eval(), sample(name, 2))(z).z_q.sum().backward()
+    assert z.grad is None and "a program gives z no gradient" in Quantizer.__doc__
 
 
 # ---- operators ----

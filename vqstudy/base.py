@@ -87,6 +87,7 @@ class Quantizer(_Rows):
     Raises ValueError (TypeError for a wrong type) for dim or num_codes below 1, and for z of
     another width, empty, or non-finite; nothing is changed before it raises. Values are looked
     at on the CPU in eager mode, elsewhere with `check_finite=True`.
+    torch.export takes evaluation, for batches of any size; a program gives z no gradient.
     """
 
     # of one vector's codes: () for one code, (levels,) for several
