@@ -84,6 +84,13 @@ def test_assigned_weights_bring_their_dtype(name):
     assert same_results(first, second)
 
 
+@pytest.mark.parametrize("name", [name for name in GRIDS if "without projections" in name])
+def test_built_under_inference_mode_it_moves(name):
+    with torch.inference_mode():
+        module = build(name)
+    assert same_results(module.to("cpu"), build(name))
+
+
 OTHER_LEVELS = [
     (lambda: FSQ(DIM, 1000, levels=[8, 5, 5, 5]), lambda: FSQ(DIM, 1000, levels=[5, 5, 5, 8])),
     (lambda: FSQ(3, 60, levels=[3, 4, 5]), lambda: FSQ(3, 60, levels=[5, 4, 3])),

@@ -91,7 +91,7 @@ class Grid(Projected):
         self.register_buffer("like", torch.tensor(0.0), persistent=False)
         self.fill()
 
-    @torch.no_grad()
+    @torch.inference_mode()  # which may write into buffers that were made in it, too
     def fill(self) -> None:
         "Write the buffers, from the levels alone."
         basis = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
