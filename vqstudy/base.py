@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 from .checks import number, typed, whole
 from .search import check_vectors
 
@@ -22,6 +23,10 @@ class Quantized(NamedTuple):
     z_q: Tensor    # (..., d) quantized vectors, of the shape and dtype of z
     codes: Tensor  # (...) int64
     loss: Tensor   # scalar, already weighted: add it to the task's loss
+
+
+# the name under which torch.export.save writes what a program returns
+_register_namedtuple(Quantized, serialized_type_name=f"{Quantized.__module__}.Quantized")
 
 
 # the same of rows, as the parts of a quantizer hand it on: vectors, codes, loss
@@ -82,6 +87,7 @@ class Quantizer(_Rows):
     Raises ValueError (TypeError for a wrong type) for dim or num_codes below 1, and for z of
     another width, empty, or non-finite; nothing is changed before it raises. Values are looked
     at on the CPU in eager mode, elsewhere with `check_finite=True`.
+    torch.export takes evaluation, for batches of any size; a program gives z no gradient.
     """
 
     # of one vector's codes: () for one code, (levels,) for several
@@ -133,7 +139,7 @@ class NoQuantizer(Quantizer):
         return x, self.assign(x), x.new_zeros(())
 
     def assign(self, x: Float[Tensor, "n d"]) -> Int64[Tensor, "n"]:
-        return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
 
     def lookup(self, codes: Int64[Tensor, "n"]) -> Float[Tensor, "n d"]:
         raise ValueError("codes of `none` hold nothing that could be decoded: it does not quantize")

@@ -244,7 +244,7 @@ class ResidualQuantizer(_OneRule):
         if not (self.training and self.dropout):
             return None
         drawn = torch.randint(1, self.levels + 1, (batch, 1), device=x.device)
-        return drawn.expand(batch, len(x) // batch).reshape(-1, 1)
+        return drawn.expand(batch, x.shape[0] // batch).reshape(-1, 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}"

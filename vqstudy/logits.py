@@ -15,15 +15,15 @@ from .base import Quantizer
 from .checks import whole
 from .codebook import Codebook
 from .estimators import estimate, full
-from .kernels import operator, tiles
+from .kernels import on_gpu, operator, tiles
 
 # %% ../nbs/lib/02bb_logits.ipynb #286e38e9
 def logit_tiles(
     x: Float[Tensor, "n d"], num_codes: int
 ) -> Iterator[tuple[slice, slice, Float[Tensor, "r c"], Float[Tensor, "r c"]]]:
     "Slices of rows and of codes, each pair with the same two buffers, uninitialised."
-    codes = num_codes if x.is_cuda else min(2048, num_codes)
-    elements = 2**24 if x.is_cuda else 2**21
+    codes = num_codes if on_gpu(x) else min(2048, num_codes)
+    elements = 2**24 if on_gpu(x) else 2**21
     rows = min(len(x), max(1, elements // codes))
     buffers = x.new_empty(2, rows * codes)
     # the codes outside: one tile of keys meets all vectors before the next is loaded
@@ -59,8 +59,8 @@ def _largest(scores: Float[Tensor, "r k"], group: int = 32) -> Int64[Tensor, "r 
 # %% ../nbs/lib/02bb_logits.ipynb #e7158ad0
 def _like_scan(x, keys, bias, values, weigh):
     width = 0 if values is None else values.shape[1]
-    codes = x.new_empty(len(x), dtype=torch.int64)
-    return codes, x.new_empty(len(x), 1), x.new_empty(len(x), width)
+    n = x.shape[0]
+    return x.new_empty(n, dtype=torch.int64), x.new_empty(n, 1), x.new_empty(n, width)
 
 
 @operator(

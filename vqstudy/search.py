@@ -149,7 +149,7 @@ def _search_each(
 @operator(
     "(Tensor z, Tensor codebook, str metric, bool exact, str precision, Tensor? skip, int budget)"
     " -> Tensor",
-    like=lambda z, *_: z.new_empty(len(z), dtype=torch.int64),
+    like=lambda z, *_: z.new_empty(z.shape[0], dtype=torch.int64),
     vmap=_search_each,
 )
 def _search(
