@@ -30,7 +30,6 @@ NOT_ONE_GRAPH = {
     "vq + refit": "k-means is no graph (said by VectorQuantizer)",
     "vq + exact": "runs the decoder inside backward (said by VectorQuantizer)",
     "vq + hessian": "runs the decoder inside backward (said by VectorQuantizer)",
-    "optvq": "checks.number asks math.isfinite of a number that the graph leaves open",
 }
 every = pytest.mark.parametrize("name", [*recipes(), *BUILT])
 
@@ -120,7 +119,8 @@ def graphs_of_sizes(quantizer: nn.Module, name: str) -> int:
 # one of each kind of assignment, estimator and upkeep; all recipes would take a minute
 GRAPHS = (
     "none", "vq", "vq + l2 + replace", "vq + rotation + ema", "vq + moving-affine", "vq + diveq",
-    "stochastic", "gumbel + reinmax", "sq", "router", "router + tied", "fsq", "lfq", "vq + residual",
+    "stochastic", "gumbel + reinmax", "sq", "router", "router + tied", "fsq", "lfq",
+    "vq + residual",
 )
 GRAPHS_OF_CODES = ("vq + l2", "optvq", "gumbel", "router + switch", "bsq")
 

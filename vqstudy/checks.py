@@ -6,7 +6,6 @@
 __all__ = ['typed', 'flag', 'one_of', 'whole', 'number']
 
 # %% ../nbs/lib/000_checks.ipynb #50134145
-import math
 from typing import Any
 
 # %% ../nbs/lib/000_checks.ipynb #678ea389
@@ -64,7 +63,8 @@ def number(
         "below": (below, lambda bound: value < bound),
     }
     given = {word: bound for word, bound in bounds.items() if bound[0] is not None}
-    if not math.isfinite(value) or not all(holds(bound) for bound, holds in given.values()):
+    # inf - inf is NaN, as NaN - NaN is; math.isfinite would be a break in a traced graph
+    if value - value != 0 or not all(holds(bound) for bound, holds in given.values()):
         words = " and ".join(f"{word} {bound}" for word, (bound, _) in given.items())
         raise ValueError(f"{name} must be a finite number {words}".rstrip() + f", got {value}")
     return value

@@ -15,7 +15,7 @@ from .base import commitment
 from .checks import flag, number, one_of
 from .logits import TableQuantizer, logit_tiles, route, scan_logits, sharp, tile_logits
 from .ranks import from_first, joint_mean
-from .search import operator
+from .kernels import on_gpu, operator
 
 # %% ../nbs/lib/02h_router.ipynb #cc7e6264
 def attend(
@@ -36,7 +36,7 @@ def attend(
 
 # %% ../nbs/lib/02h_router.ipynb #30d397d5
 def _like_gradient(x, keys, bias, *_):
-    return torch.empty_like(x), torch.empty_like(keys), x.new_empty(len(keys))
+    return torch.empty_like(x), torch.empty_like(keys), x.new_empty(keys.shape[0])
 
 
 @operator(
@@ -120,7 +120,7 @@ def routed(
     if not torch.is_grad_enabled():
         codes = route(x, keys, bias)
         return F.embedding(codes, codebook), codes
-    if gate == "dense" and x.is_cuda and x.dtype != torch.float64:
+    if gate == "dense" and on_gpu(x) and x.dtype != torch.float64:
         codes = route(x, keys, bias)
         return sharp(attend(x, keys, codebook.detach(), bias), codes, codebook), codes
     # a view: torch.compile refuses one tensor as two inputs of an autograd.Function, and a tied
@@ -130,7 +130,7 @@ def routed(
 # %% ../nbs/lib/02h_router.ipynb #27b67ad8
 @operator(
     "(Tensor x, Tensor keys, Tensor? bias, Tensor lse) -> (Tensor, Tensor)",
-    lambda x, keys, bias, lse: (x.new_empty(len(keys)), torch.empty_like(lse)),
+    lambda x, keys, bias, lse: (x.new_empty(keys.shape[0]), torch.empty_like(lse)),
 )
 def _softmax_means(
     x: Float[Tensor, "n d"],

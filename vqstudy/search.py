@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from .certificate import candidates, dissimilarity, rescore, row_norms, settle, slack
 from .checks import one_of
-from .kernels import operator, power_of_two, scan_codes
+from .kernels import on_gpu, operator, power_of_two, scan_codes
 
 # %% ../nbs/lib/00_search.ipynb #fd40bbe2
 def check_vectors(
@@ -78,13 +78,13 @@ def _search_block(
         best, second, codes[rows] = _stage(
             z, codebook, rows, dtype, metric, first_look, skip, budget
         )
-        if z.is_cuda and not exact:
+        if on_gpu(z) and not exact:
             return codes  # to ask which rows are in doubt, the step would wait for the device
         if length is None:  # the norms are needed only once a row may be in doubt
             length, longest_code = row_norms(z, budget), row_norms(codebook, budget).max()
         scale = power_of_two(codebook, dtype)
         gap = slack(length[rows], longest_code, z.shape[1], scale, metric, exact)
-        if z.is_cuda:
+        if on_gpu(z):
             gap = 4 * gap  # tensor cores cut sums off instead of rounding them
         # NaN, from scores out of range, is in doubt too
         in_doubt = ~(best.double() - second.double() > gap)

@@ -51,7 +51,7 @@ class GaussianQuantizer(TableQuantizer):
         v = linear(x, self.head)
         if self.variant == 2:
             per_image = v.view(batch, -1).mean(1)
-            v = per_image.repeat_interleave(len(x) // batch)[:, None]
+            v = per_image.repeat_interleave(x.shape[0] // batch)[:, None]
         return (v.exp() + scale).expand_as(x)
 
     def assign(self, x):
