@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedule', 'Settings', 'optimizers', 'Updates', 'Batches', 'NonFiniteLoss', 'OutOfTime', 'Losses', 'check_weights',
-           'still', 'Task', 'Observer', 'JointStep', 'AlternatedStep', 'FusedStep', 'History', 'Resumable', 'Loop',
-           'Keeper', 'Runner', 'Fitted', 'fit']
+           'still', 'Task', 'Observer', 'JointStep', 'AlternatedStep', 'FusedStep', 'History', 'identity',
+           'refuse_another_run', 'Resumable', 'Loop', 'Keeper', 'Runner', 'Fitted', 'fit']
 
 # %% ../nbs/lib/08_train.ipynb #1d437093
 import math, time
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 from .base import Quantizer
+from .checkpoint import damaged, describe, describe_module, describe_tensor, differences
 from .checkpoint import load_checkpoint, random_state, reproducible
 from .checkpoint import save_checkpoint, set_random_state
 from .checks import flag, number, one_of, typed, whole
@@ -458,16 +459,24 @@ class History:
         self.sums = {}
 
 # %% ../nbs/lib/08_train.ipynb #b0b4b03b
-def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
-    changed = [
-        f"{key} is {now.get(key)} and was {then.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key)
-    ]
+def identity(
+    model: nn.Module,
+    loss_fn: Callable,  # (model, x, y) -> loss, parts to log
+    x: UInt8[Tensor, "n 3 h w"],
+    y: Int64[Tensor, "n"] | None,
+) -> dict[str, str]:
+    "What a run is, apart from its settings, in words: model, loss and data."
+    of_data = {"data.x": describe_tensor(x), "data.y": describe(y)}
+    return describe_module("model", model) | {"loss_fn": describe(loss_fn)} | of_data
+
+
+def refuse_another_run(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
+    "Raise ValueError, which says what differs, unless both are one run."
+    changed = differences(now, then)
     if changed:
         raise ValueError(
-            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
-            "Remove it, or take its settings."
+            f"checkpoint {path} is of another run: {changed}. "
+            "Name another file, remove this one, or give fit what it was made with."
         )
 
 # %% ../nbs/lib/08_train.ipynb #9679dc22
@@ -490,9 +499,8 @@ class Resumable:
             "instruments": self.observer.instruments,
         }
 
-    def load(self, state: dict[str, Any], name: str) -> None:
-        "Go on from a state; raises ValueError, which names the checkpoint, for other settings."
-        _refuse_other_settings(asdict(self.s), state["settings"], name)
+    def load(self, state: dict[str, Any]) -> None:
+        "Go on from a state of the same run."
         # into the tensors that the optimisers and the compiled model already hold
         self.model.load_state_dict(state["model"])
         self.updates.load(state)
@@ -544,10 +552,29 @@ class Loop(Resumable):
         "One training step."
         for q in self.quantizers:
             q.anneal(self.step / self.total)
-        parts = self.take_step(self.step, x, y)
+        with self.diverging():
+            parts = self.take_step(self.step, x, y)
         self.updates.scaler.update()
         self.history.add(parts)
         self.step += 1
+
+    @contextmanager
+    def diverging(self) -> Iterator[None]:
+        "Inside, an error that weights or activations cause by not being finite is NonFiniteLoss."
+        try:
+            yield
+        except (NonFiniteLoss, OutOfTime):
+            raise
+        except Exception as error:
+            try:
+                self.check_finite()
+            except NonFiniteLoss as reason:
+                raise reason from error
+            # images are bytes, so what reaches a quantizer is finite as long as the model is
+            if "must be finite" in str(error):
+                step = f"step {self.step + 1} of {self.total}"
+                raise NonFiniteLoss(f"{error}, at {step}") from error
+            raise
 
     def check_finite(self) -> None:
         "Raise NonFiniteLoss for a loss or a weight that is NaN or infinite."
@@ -559,10 +586,16 @@ class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
     def __init__(
-        self, loop: Loop, checkpoint: Path | str | None, save_every: float, deadline: float | None
+        self,
+        loop: Loop,
+        checkpoint: Path | str | None,
+        save_every: float,
+        deadline: float | None,
+        identity: dict[str, str],  # of the run; not needed without a checkpoint
     ):
         self.loop = loop
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.identity = identity
         self.save_every = save_every
         self.deadline = math.inf if deadline is None else deadline
         self.saved = loop.observer.clock()
@@ -571,13 +604,38 @@ class Keeper:
         return self.checkpoint is not None and self.checkpoint.exists()
 
     def resume(self) -> None:
-        if self.exists():
-            self.loop.load(load_checkpoint(self.checkpoint), self.checkpoint.name)
+        if not self.exists():
+            return
+        state = load_checkpoint(self.checkpoint)
+        self.check(state)
+        try:
+            self.loop.load(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # of this very run, so only its content can be wrong
+            raise damaged(self.checkpoint, f"{type(error).__name__}: {error}") from error
+
+    def check(self, state: dict[str, Any]) -> None:
+        "Raise ValueError for a state that is not whole or of another run, before it is loaded."
+        missing = [key for key in self.loop.state() if key not in state]
+        if missing:
+            raise damaged(self.checkpoint, f"it has no {', '.join(missing)}")
+        for key in ("settings", "identity"):
+            if not isinstance(state.get(key, {}), dict):
+                raise damaged(self.checkpoint, f"its {key} are a {type(state[key]).__name__}")
+        # before the identity: a changed setting alone is said alone
+        settings = asdict(self.loop.s)
+        refuse_another_run(settings, state["settings"], self.checkpoint)
+        if "identity" not in state:
+            raise ValueError(
+                f"checkpoint {self.checkpoint} does not say of which model, loss and data it is: "
+                "it was written by an older version. Name another file, or remove this one."
+            )
+        refuse_another_run(self.identity, state["identity"], self.checkpoint)
 
     def save(self) -> None:
         self.loop.check_finite()  # what has diverged never replaces a good checkpoint
         if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self.loop.state())
+            save_checkpoint(self.checkpoint, self.loop.state() | {"identity": self.identity})
         self.saved = self.loop.observer.clock()
 
     def after_step(self) -> None:
@@ -632,7 +690,7 @@ class Runner:
         measured = {}
         if self.evaluate is not None:
             loop.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), loop.diverging():
                 measured = self.evaluate(loop.model)
             loop.model.train()
         loop.history.close_epoch(loop.step // len(loop.batches), len(loop.batches), measured)
@@ -705,11 +763,15 @@ def fit(
     (such as `measure.Monitor`) leaves the model as it is. Raises:
     - NonFiniteLoss, with the step, the loss or the parameter, and the last good checkpoint;
     - OutOfTime at the deadline, after saving;
-    - ValueError for a batch larger than the set, or a checkpoint made under other settings.
+    - ValueError for a batch larger than the set, and for a checkpoint of another run: other
+      settings, model, loss or data, or an older version's, which does not say;
+    - DamagedCheckpoint (a ValueError) for one that is cut or none.
     """
     _refuse_unfit(model, settings, len(data.x))
+    # before anything moves, so that it is the same in the process that resumes
+    own = {} if checkpoint is None else identity(model, loss_fn, data.x, data.y)
     loop = Loop(model, loss_fn, data.x, data.y, settings, torch.device(device), monitor)
-    keeper = Keeper(loop, checkpoint, save_every, deadline)
+    keeper = Keeper(loop, checkpoint, save_every, deadline, own)
     keeper.resume()
     options = {"mininterval": 2, "unit": "step", "leave": False, "disable": not progress}
     try:
@@ -717,6 +779,6 @@ def fit(
             Runner(loop, keeper, evaluate, bar).run()
     except (NonFiniteLoss, OutOfTime) as error:
         last = keeper.checkpoint if keeper.exists() else "none"
-        raise type(error)(f"{error}; last good checkpoint: {last}") from None
+        raise type(error)(f"{error}; last good checkpoint: {last}") from error.__cause__
     cost = _cost(loop.total, loop.seconds, loop.observer.instruments)
     return Fitted(model, loop.history.rows, cost, loop.observer.rows)

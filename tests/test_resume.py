@@ -1,0 +1,308 @@
+"""A checkpoint goes on only as the run that wrote it; whatever else it is given to says so."""
+
+import math
+import types
+from functools import partial
+import pytest
+import torch
+from torch import nn
+from vqstudy.checkpoint import DamagedCheckpoint, describe, load_checkpoint, save_checkpoint
+from vqstudy.models import Autoencoder, reconstruction_loss
+from vqstudy.quantizers import recipe, recipes
+from vqstudy.train import NonFiniteLoss, Settings, fit, identity
+
+
+def random_images(n=16, seed=3, labels=None):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return types.SimpleNamespace(x=x, y=labels)
+
+
+def autoencoder(spec="vq", **options):
+    torch.manual_seed(0)
+    return Autoencoder(recipe(spec, 8, 32, channel_dim=1, **options), channels=8)
+
+
+def run(path, model=None, loss=reconstruction_loss, data=None, epochs=1):
+    model = model or autoencoder()
+    settings = Settings(epochs=epochs, batch_size=8)
+    data = data or random_images()
+    return fit(model, loss, data, settings, checkpoint=path, progress=False)
+
+
+def weighted(weight, model, x, y):
+    loss, parts = reconstruction_loss(model, x, y)
+    return weight * loss, parts
+
+
+def closed_over(weight):
+    def loss(model, x, y):
+        return weighted(weight, model, x, y)
+
+    return loss
+
+
+class Frozen(Autoencoder):
+    pass
+
+
+def with_dropout(p):
+    model = autoencoder()
+    model.decoder.append(nn.Dropout(p))
+    return model
+
+
+def frozen():
+    model = autoencoder()
+    model.encoder[0].weight.requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "the rule": ("vq", "vq + rotation", "model.quantizer.rule is _rotation"),
+    "the rule's options": ("vq + sync", {"spec": "vq + sync", "nu": 0.5}, "nu=0.5.* and was .*nu=0.2"),
+    "the decoder's rule": ("vq + exact", "vq + hessian", "rule is 'hessian' and was 'exact'"),
+    "a perturbation": ("vq + nsvq", "vq + diveq", "perturb is _directional_noise"),
+    "a weight": ("vq", {"spec": "vq", "alpha": 2.0}, "quantizer.alpha is 2.0 and was 1.25"),
+    "the metric": ("vq", {"spec": "vq", "metric": "cosine"}, "metric is 'cosine' and was 'euclid"),
+    "upkeep": ("vq + replace", {"spec": "vq + replace", "life_span": 3}, "life_span is 3 and was 20"),
+    "temperatures": ("stochastic", {"spec": "stochastic", "temperature": 2.0}, "limits is tuple.2.0"),
+    "alternation": ("vq", "vq + alt", "alternate is True and was False"),
+    "transport": ("optvq", {"spec": "optvq", "epsilon": 0.2}, "epsilon is 0.2 and was 0.1"),
+    "levels": ("fsq", {"spec": "fsq", "levels": (4, 8)}, "levels is tuple.4, 8. and was tuple.8, 4"),
+    "gumbel": ("gumbel", "gumbel + reinmax", "estimator is 'reinmax' and was 'gumbel'"),
+    "the router's gate": ("router", "router + switch", "gate is 'switch' and was 'dense'"),
+    "the class": ("vq", lambda: Frozen(autoencoder().quantizer, channels=8), "model is Frozen and"),
+    "dropout": (partial(with_dropout, 0.1), partial(with_dropout, 0.2), "Dropout.p=0.2"),
+    "what is frozen": ("vq", frozen, "encoder.0.weight is .*, frozen and was"),
+}
+
+
+def made(how):
+    if callable(how):
+        return how()
+    return autoencoder(how) if isinstance(how, str) else autoencoder(**how)
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_another_model_is_refused(what, tmp_path):
+    first, second, words = MODELS[what]
+    path = tmp_path / "run.pt"
+    run(path, made(first))
+    model = made(second)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"run.pt is of another run: .*{words}"):
+        run(path, model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    run(path, made(first))  # the run's own goes on
+
+
+def test_all_recipes_are_told_apart():
+    data = random_images()
+    seen = {}
+    for spec in recipes():
+        words = str(identity(autoencoder(spec), reconstruction_loss, data.x, data.y))
+        assert words not in seen, f"{spec} is taken for {seen[words]}"
+        seen[words] = spec
+        assert words == str(identity(autoencoder(spec), reconstruction_loss, data.x, data.y))
+        assert " at 0x" not in words
+
+
+DATA = {
+    "other images": random_images(seed=4),
+    "more images": random_images(n=32),
+    "labels": random_images(labels=torch.arange(16) % 2),
+}
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_other_data_is_refused(what, tmp_path):
+    run(tmp_path / "run.pt")
+    name = "data.y" if what == "labels" else "data.x"
+    with pytest.raises(ValueError, match=rf"run.pt is of another run: {name} is \("):
+        run(tmp_path / "run.pt", data=DATA[what])
+
+
+def test_one_pixel_is_enough(tmp_path):
+    run(tmp_path / "run.pt")
+    data = random_images()
+    data.x[7, 1, 5, 5] ^= 1
+    with pytest.raises(ValueError, match="data.x is .* and was "):
+        run(tmp_path / "run.pt", data=data)
+
+
+LOSSES = {
+    "a function": (reconstruction_loss, partial(weighted, 1.0)),
+    "an argument": (partial(weighted, 1.0), partial(weighted, 2.0)),
+    "a closure": (closed_over(1.0), closed_over(2.0)),
+    "code": (
+        lambda m, x, y: reconstruction_loss(m, x, y),
+        lambda m, x, y: (2 * reconstruction_loss(m, x, y)[0], {}),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_another_loss_is_refused(what, tmp_path):
+    first, second = LOSSES[what]
+    run(tmp_path / "run.pt", loss=first)
+    with pytest.raises(ValueError, match="run.pt is of another run: loss_fn is .* and was "):
+        run(tmp_path / "run.pt", loss=second)
+
+
+def test_a_model_that_was_trained_may_go_on(tmp_path):
+    "Decoder, inner step and begun codebooks that a first call leaves behind are no difference."
+    for spec in ("vq + exact", "vq + alt", "vq + refit"):
+        model = autoencoder(spec, init="kmeans")
+        path = tmp_path / f"{spec}.pt"
+        history = run(path, model).history
+        assert run(path, model).history == history
+
+
+def test_descriptions_are_the_same_in_every_process():
+    assert describe({"b", "a"}) == "set('a', 'b')"
+    assert describe(partial(weighted, 0.5)).endswith("with 0=0.5")
+    assert describe(object()) == "object"
+    assert describe([[[[[[0]]]]]]) == "list(list(list(list(list))))"
+    wide = torch.zeros(1, 4).expand(5, 4)
+    assert describe(wide) == describe(wide.contiguous()) != describe(wide + 1)
+    assert describe(torch.tensor(1.0)).startswith("() float32")
+    assert describe(torch.zeros(2, 0)) != describe(torch.zeros(0, 2))
+
+
+def test_an_older_version_did_not_say(tmp_path):
+    path = tmp_path / "run.pt"
+    run(path)
+    state = load_checkpoint(path)
+    del state["identity"]
+    save_checkpoint(path, state)
+    with pytest.raises(ValueError, match="run.pt does not say of which model.*older version"):
+        run(path)
+
+
+# ---- damaged files ----
+
+
+def cut(path, share):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+
+
+def without(path, key):
+    state = load_checkpoint(path)
+    del state[key]
+    save_checkpoint(path, state)
+
+
+def lost_moment(path):
+    state = load_checkpoint(path)
+    del state["model"]["encoder.0.bias"]
+    save_checkpoint(path, state)
+
+
+DAMAGE = {
+    "empty": lambda path: cut(path, 0.0),
+    "half": lambda path: cut(path, 0.5),
+    "last bytes": lambda path: cut(path, 0.99),
+    "text": lambda path: path.write_text("hello"),
+    "a tensor": lambda path: torch.save(torch.zeros(2), path),
+    "weights alone": lambda path: torch.save(nn.Linear(2, 2).state_dict(), path),
+    "a module": lambda path: torch.save(nn.Linear(2, 2), path),
+    "no step": lambda path: without(path, "step"),
+    "no random state": lambda path: without(path, "random"),
+    "no pending": lambda path: without(path, "pending"),
+    "settings": lambda path: save_checkpoint(path, load_checkpoint(path) | {"settings": 3}),
+    "optimizers": lambda path: save_checkpoint(path, load_checkpoint(path) | {"optimizers": {}}),
+    "a tensor less": lost_moment,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_named(what, tmp_path):
+    path = tmp_path / "run.pt"
+    run(path)
+    DAMAGE[what](path)
+    words = "run.pt is not a checkpoint, or a damaged one: .*Remove it to begin again"
+    with pytest.raises(DamagedCheckpoint, match=f"(?s){words}"):
+        run(path)
+
+
+# ---- what has diverged ----
+
+
+class Fragile(nn.Module):
+    "Its quantizer refuses what is not finite, so the loss is never reached."
+
+    def __init__(self, spec="vq", **options):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.quantizer = recipe(spec, 3, 4, channel_dim=1, **options)
+
+    def forward(self, x):
+        return self.quantizer(x * self.scale)
+
+
+def steep(model, x, y):
+    "The gradient at the first step is infinite, or NaN; the loss is finite."
+    return model(x).loss + (0 * model.scale).sqrt(), {}
+
+
+def calm(model, x, y):
+    return model(x).loss, {}
+
+
+def huge(model, x, y):
+    loss = model(x).loss.detach() + 0 * model.scale
+    model.scale.data.fill_(3e38)
+    return loss, {}
+
+
+@pytest.mark.parametrize("spec", ["vq", "vq + ema", "vq + alt", "stochastic", "vq + group", "fsq"])
+def test_weights_that_became_nan_are_divergence(spec):
+    torch.manual_seed(0)
+    options = {"groups": 3} if "group" in spec else {}
+    settings = Settings(epochs=3, batch_size=8)
+    words = "scale was not finite after step 1 .*checkpoint: none"
+    with pytest.raises(NonFiniteLoss, match=words) as e:
+        fit(Fragile(spec, **options), steep, random_images(), settings, progress=False)
+    cause = e.value.__cause__
+    assert isinstance(cause, ValueError) and "z must be finite" in str(cause)
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_an_inner_step_on_what_is_not_finite_is_divergence(inner):
+    settings = Settings(epochs=3, batch_size=8, inner=inner, fused=False)
+    with pytest.raises(NonFiniteLoss, match="scale was not finite after step 1") as e:
+        fit(Fragile("vq + alt"), steep, random_images(), settings, progress=False)
+    assert isinstance(e.value.__cause__, ValueError)
+
+
+def test_activations_that_overflow_are_divergence():
+    "The weight is finite, and so large that what it makes of an image is not."
+
+    class Squared(Fragile):
+        def forward(self, x):
+            return self.quantizer(x * self.scale * self.scale)
+
+    settings = Settings(epochs=3, batch_size=8, lr=0.0, weight_decay=0.0)
+    with pytest.raises(NonFiniteLoss, match="z must be finite.* at step 2 of 6.*: none") as e:
+        fit(Squared(), huge, random_images(), settings, progress=False)
+    assert isinstance(e.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError])
+def test_errors_of_a_healthy_model_stay_what_they_are(kind):
+    def breaks(model, x, y):
+        raise kind("my own")
+
+    with pytest.raises(kind, match="my own"):
+        fit(Fragile(), breaks, random_images(), Settings(batch_size=8), progress=False)
+
+
+def test_evaluation_may_find_it_too():
+    def evaluate(model):
+        return {"loss": float(model(torch.full((1, 3, 2, 2), math.inf)).loss)}
+
+    settings = Settings(epochs=1, batch_size=8)
+    with pytest.raises(NonFiniteLoss, match="z must be finite"):
+        fit(Fragile(), calm, random_images(), settings, evaluate=evaluate, progress=False)
