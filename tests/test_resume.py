@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 from vqstudy.checkpoint import DamagedCheckpoint, describe, load_checkpoint, save_checkpoint
-from vqstudy.models import Autoencoder, reconstruction_loss
+from vqstudy.models import Autoencoder, Classifier, classification_loss, reconstruction_loss
 from vqstudy.quantizers import recipe, recipes
-from vqstudy.train import NonFiniteLoss, Settings, fit, identity
+from vqstudy.train import NonFiniteLoss, Settings, fit, identity, optimizers, reproducible
+from vqstudy.train import schedule
 
 
 def random_images(n=16, seed=3, labels=None):
@@ -285,7 +286,7 @@ def test_activations_that_overflow_are_divergence():
             return self.quantizer(x * self.scale * self.scale)
 
     settings = Settings(epochs=3, batch_size=8, lr=0.0, weight_decay=0.0)
-    with pytest.raises(NonFiniteLoss, match="z must be finite.* at step 2 of 6.*: none") as e:
+    with pytest.raises(NonFiniteLoss, match="z must be finite.* after step 1 of 6.*: none") as e:
         fit(Squared(), huge, random_images(), settings, progress=False)
     assert isinstance(e.value.__cause__, ValueError)
 
@@ -306,3 +307,129 @@ def test_evaluation_may_find_it_too():
     settings = Settings(epochs=1, batch_size=8)
     with pytest.raises(NonFiniteLoss, match="z must be finite"):
         fit(Fragile(), calm, random_images(), settings, evaluate=evaluate, progress=False)
+
+
+# ---- arguments ----
+
+
+def data_of(x=None, y=None):
+    return types.SimpleNamespace(x=random_images().x if x is None else x, y=y)
+
+
+class Ten(Fragile):
+    num_classes = 10
+
+
+WRONG = {
+    "floats": ({"data": data_of(torch.rand(16, 3, 4, 4))}, TypeError, "data.x .*uint8.*float32"),
+    "an array": ({"data": data_of([1, 2])}, TypeError, "data.x .*uint8.*got list"),
+    "no data": ({"data": torch.zeros(2)}, TypeError, "data must have x and y .*got a Tensor"),
+    "gray": ({"data": data_of(random_images().x[:, :1])}, ValueError, r"data.x .*\(16, 1, 32, 32\)"),
+    "flat": ({"data": data_of(random_images().x[0])}, ValueError, r"data.x .*\(3, 32, 32\)"),
+    "empty": ({"data": data_of(random_images().x[:0])}, ValueError, r"data.x .*\(0, 3, 32, 32\)"),
+    "few": ({"data": random_images(7)}, ValueError, "batch_size must be at most the set's size 7"),
+    "fewer labels": ({"data": data_of(y=torch.zeros(15).long())}, ValueError, r"\(16,\).*\(15,\)"),
+    "labels 2d": ({"data": data_of(y=torch.zeros(16, 1).long())}, ValueError, r"data.y .*\(16, 1\)"),
+    "label dtype": ({"data": data_of(y=torch.zeros(16))}, TypeError, "data.y .*int64.*float32"),
+    "label list": ({"data": data_of(y=[0] * 16)}, TypeError, "data.y .*int64.*list"),
+    "negative": ({"data": data_of(y=torch.arange(16) - 1)}, ValueError, "at least 0, .*-1..14"),
+    "labels above": (
+        {"data": data_of(y=torch.arange(16)), "model": Ten()},
+        ValueError,
+        "below the model's 10 classes, got labels in 0..15",
+    ),
+    "model": ({"model": steep}, TypeError, "model must be a torch.nn.Module"),
+    "no parameter": ({"model": nn.ReLU()}, ValueError, "model must have a parameter that learns"),
+    "loss": ({"loss_fn": None}, TypeError, "loss_fn must be a function, got None"),
+    "evaluate": ({"evaluate": {}}, TypeError, "evaluate must be a function or None, got {}"),
+    "monitor": ({"monitor": 3}, TypeError, "monitor must be a function or None, got 3"),
+    "settings": ({"settings": {"epochs": 3}}, TypeError, "settings must be a Settings, got"),
+    "save_every": ({"save_every": -1.0}, ValueError, "save_every must be .* at least 0, got -1"),
+    "save_every nan": ({"save_every": math.nan}, ValueError, "save_every .*got nan"),
+    "save_every str": ({"save_every": "60"}, TypeError, "save_every must be a number"),
+    "deadline": ({"deadline": math.nan}, ValueError, "deadline must be a finite number, got nan"),
+    "deadline str": ({"deadline": "noon"}, TypeError, "deadline must be a number, got 'noon'"),
+    "checkpoint": ({"checkpoint": 3}, TypeError, "checkpoint must be a path or None, got 3"),
+    "device": ({"device": "gpu"}, ValueError, "device must be .*got 'gpu'"),
+    "device type": ({"device": 0}, TypeError, "device must be a torch.device or its name, got 0"),
+    "progress": ({"progress": 1}, TypeError, "progress must be True or False, got 1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_argument_is_named_before_anything_changes(what):
+    wrong, kind, words = WRONG[what]
+    model = wrong.get("model", Fragile())
+    given = {"model": model, "loss_fn": calm, "data": random_images()}
+    given |= {"settings": Settings(batch_size=8), "progress": False} | wrong
+    if isinstance(model, nn.Module):
+        model.eval()
+    with pytest.raises(kind, match=words):
+        fit(**given)
+    assert not getattr(model, "training", False)
+
+
+def test_a_checkpoint_is_a_file_in_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint must be a file, got the folder"):
+        run(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="checkpoint must lie in a folder, .*file is a file"):
+        run(tmp_path / "file" / "run.pt")
+
+
+def test_a_classifier_says_how_many_classes_it_has():
+    model = Classifier(recipe("vq", 128, 4, channel_dim=1), 3)
+    with pytest.raises(ValueError, match="below the model's 3 classes, got labels in 0..15"):
+        fit(model, classification_loss, random_images(labels=torch.arange(16)), Settings(batch_size=8))
+
+
+ANSWERS = {
+    "no pair": (lambda m, x, y: m(x).loss, TypeError, r"must return \(loss, parts\).*Tensor"),
+    "nothing": (lambda m, x, y: None, TypeError, r"must return \(loss, parts\).*NoneType"),
+    "a float": (lambda m, x, y: (0.5, {}), TypeError, "the loss of loss_fn must be a torch.Tensor"),
+    "a vector": (lambda m, x, y: (m(x).z_q, {}), ValueError, "must be a scalar, got shape"),
+    "no gradient": (lambda m, x, y: (m(x).loss.detach(), {}), ValueError, "must have a gradient"),
+    "parts": (lambda m, x, y: (m(x).loss, None), TypeError, "the parts of loss_fn must be a dict"),
+    "a part": (lambda m, x, y: (m(x).loss, {"a": 1.0}), TypeError, "part 'a' of loss_fn must be"),
+    "its name": (lambda m, x, y: (m(x).loss, {"loss": m(x).loss}), ValueError, "called 'loss'"),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_what_a_loss_returns_is_checked(what):
+    loss, kind, words = ANSWERS[what]
+    with pytest.raises(kind, match=words):
+        fit(Fragile(), loss, random_images(), Settings(batch_size=8), progress=False)
+
+
+def test_what_callbacks_return_is_checked():
+    settings = Settings(epochs=1, batch_size=8)
+    with pytest.raises(TypeError, match="the result of evaluate must be a dict of numbers, got None"):
+        evaluate = lambda model: None
+        fit(Fragile(), calm, random_images(), settings, evaluate=evaluate, progress=False)
+    with pytest.raises(TypeError, match=r"monitor must return \(row, seconds\) or None, got 3"):
+        fit(Fragile(), calm, random_images(), settings, monitor=lambda m, s: 3, progress=False)
+
+
+@pytest.mark.parametrize(
+    "call, kind, words",
+    [
+        (lambda: reproducible(-1), ValueError, "seed must be at least 0, got -1"),
+        (lambda: reproducible(2**32), ValueError, "seed must be at most 4294967295"),
+        (lambda: reproducible(0.5), TypeError, "seed must be an int, got 0.5"),
+        (lambda: reproducible(0, threads=0), ValueError, "threads must be at least 1, got 0"),
+        (lambda: reproducible(0, threads="2"), TypeError, "threads must be an int, got '2'"),
+        (lambda: schedule(-1, 9), ValueError, "step must be at least 0, got -1"),
+        (lambda: schedule(10, 9), ValueError, "step must be at most 9, got 10"),
+        (lambda: schedule(0, 0), ValueError, "total must be at least 1, got 0"),
+        (lambda: schedule(0, 9, 1.0), ValueError, "warmup must be .* below 1, got 1.0"),
+        (lambda: schedule(0, 9, then="linear"), ValueError, "then must be 'cosine' or 'constant'"),
+        (lambda: optimizers(3, Settings()), TypeError, "model must be a torch.nn.Module, got 3"),
+        (lambda: optimizers(nn.ReLU(), {}), TypeError, "s must be a Settings, got {}"),
+    ],
+)
+def test_wrong_arguments_of_the_parts_are_named(call, kind, words):
+    state = torch.get_rng_state()
+    with pytest.raises(kind, match=words):
+        call()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .checks import one_of, typed, whole
+from .checks import one_of, whole
 
 # %% ../nbs/lib/07a_checkpoint.ipynb #0c70427f
 def reproducible(
@@ -27,8 +27,11 @@ def reproducible(
 ) -> torch.device:
     """Seed everything and, on the CPU, take deterministic algorithms; returns the device.
 
-    Raises ValueError for an unknown device, RuntimeError for CUDA where there is none.
+    seed: 0..2^32 - 1, as numpy's. Raises ValueError (TypeError for a wrong type) which names the
+    argument, and RuntimeError for CUDA where there is none.
     """
+    whole("seed", seed, least=0, most=2**32 - 1)
+    whole("threads", threads)
     one_of("device", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device is 'cuda', and this machine has none")
@@ -107,7 +110,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #8f7e8509
+# %% ../nbs/lib/07a_checkpoint.ipynb #df6e395a
 def fingerprint(*parts: bytes | str | memoryview) -> str:
     "16 hexadecimal digits of BLAKE2b."
     h = hashlib.blake2b(digest_size=8)
@@ -127,7 +130,7 @@ def describe_tensor(x: Tensor) -> str:
 def _form(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #53f18376
+# %% ../nbs/lib/07a_checkpoint.ipynb #32e7e6de
 def _code(code: CodeType, doc: str | None) -> str:
     "Digest of what a function does; its docstring, its lines and its file are left out."
     constants = [
@@ -157,7 +160,7 @@ def _describe_held(held: dict[str, Any], depth: int) -> str:
         return ""
     return f" with {', '.join(f'{k}={describe(v, depth - 1)}' for k, v in sorted(held.items()))}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #df2032b0
+# %% ../nbs/lib/07a_checkpoint.ipynb #61e77aa8
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, np.generic, Path)
 MOST = 160  # letters of a description; a longer one is cut and gets a digest
 
@@ -205,7 +208,7 @@ def _describe_items(items: Iterable, depth: int) -> list[str]:
 def _public(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if not str(k).startswith("_")}
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #7d4727f3
+# %% ../nbs/lib/07a_checkpoint.ipynb #d281ff1e
 STATE = ("training", "waiting")  # attributes that change in training
 
 
