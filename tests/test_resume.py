@@ -379,8 +379,9 @@ def test_a_checkpoint_is_a_file_in_a_folder(tmp_path):
 
 def test_a_classifier_says_how_many_classes_it_has():
     model = Classifier(recipe("vq", 128, 4, channel_dim=1), 3)
+    data = random_images(labels=torch.arange(16))
     with pytest.raises(ValueError, match="below the model's 3 classes, got labels in 0..15"):
-        fit(model, classification_loss, random_images(labels=torch.arange(16)), Settings(batch_size=8))
+        fit(model, classification_loss, data, Settings(batch_size=8))
 
 
 ANSWERS = {
@@ -404,9 +405,8 @@ def test_what_a_loss_returns_is_checked(what):
 
 def test_what_callbacks_return_is_checked():
     settings = Settings(epochs=1, batch_size=8)
-    with pytest.raises(TypeError, match="the result of evaluate must be a dict of numbers, got None"):
-        evaluate = lambda model: None
-        fit(Fragile(), calm, random_images(), settings, evaluate=evaluate, progress=False)
+    with pytest.raises(TypeError, match="result of evaluate must be a dict of numbers, got None"):
+        fit(Fragile(), calm, random_images(), settings, evaluate=lambda m: None, progress=False)
     with pytest.raises(TypeError, match=r"monitor must return \(row, seconds\) or None, got 3"):
         fit(Fragile(), calm, random_images(), settings, monitor=lambda m, s: 3, progress=False)
 

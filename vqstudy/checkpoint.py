@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MOST', 'STATE', 'reproducible', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint', 'damaged',
-           'random_state', 'set_random_state', 'fingerprint', 'describe_tensor', 'describe', 'describe_module',
+           'random_state', 'set_random_state', 'blake2', 'describe_tensor', 'describe', 'describe_module',
            'differences']
 
 # %% ../nbs/lib/07a_checkpoint.ipynb #22c7d278
@@ -110,8 +110,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #df6e395a
-def fingerprint(*parts: bytes | str | memoryview) -> str:
+# %% ../nbs/lib/07a_checkpoint.ipynb #d0fa6e26
+def blake2(*parts: bytes | str | memoryview) -> str:
     "16 hexadecimal digits of BLAKE2b."
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -124,13 +124,13 @@ def describe_tensor(x: Tensor) -> str:
     # rows by parts: an expanded tensor is not made whole, and bytes need no dtype of numpy's
     rows = x.detach().reshape(-1, *x.shape[1:]).split(4096) if x.numel() else ()
     parts = (r.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data for r in rows)
-    return f"{_form(x)} {fingerprint(*parts)}"
+    return f"{_form(x)} {blake2(*parts)}"
 
 
 def _form(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #32e7e6de
+# %% ../nbs/lib/07a_checkpoint.ipynb #627c46ec
 def _code(code: CodeType, doc: str | None) -> str:
     "Digest of what a function does; its docstring, its lines and its file are left out."
     constants = [
@@ -138,7 +138,7 @@ def _code(code: CodeType, doc: str | None) -> str:
         for c in code.co_consts
         if c is None or c != doc
     ]
-    return fingerprint(code.co_code, *constants, *code.co_names)
+    return blake2(code.co_code, *constants, *code.co_names)
 
 
 def _describe_function(f: FunctionType, depth: int) -> str:
@@ -160,7 +160,7 @@ def _describe_held(held: dict[str, Any], depth: int) -> str:
         return ""
     return f" with {', '.join(f'{k}={describe(v, depth - 1)}' for k, v in sorted(held.items()))}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #61e77aa8
+# %% ../nbs/lib/07a_checkpoint.ipynb #31b7d805
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, np.generic, Path)
 MOST = 160  # letters of a description; a longer one is cut and gets a digest
 
@@ -168,7 +168,7 @@ MOST = 160  # letters of a description; a longer one is cut and gets a digest
 def describe(value: Any, depth: int = 4) -> str:
     "A value in words that are the same in every process; what lies deeper is named by its type."
     words = _describe(value, depth)
-    return words if len(words) <= MOST else f"{words[: MOST // 2]}... {fingerprint(words)}"
+    return words if len(words) <= MOST else f"{words[: MOST // 2]}... {blake2(words)}"
 
 
 def _describe(value: Any, depth: int) -> str:
@@ -189,9 +189,9 @@ def _describe(value: Any, depth: int) -> str:
         held = {str(i): argument for i, argument in enumerate(value.args)} | value.keywords
         return _describe(value.func, depth) + _describe_held(held, depth)
     if isinstance(value, nn.Module):
-        return f"{name} ({fingerprint(*describe_module(name, value).values())})"
+        return f"{name} ({blake2(*describe_module(name, value).values())})"
     if isinstance(value, np.ndarray):
-        return f"{value.shape} {value.dtype} {fingerprint(value.tobytes())}"
+        return f"{value.shape} {value.dtype} {blake2(value.tobytes())}"
     if isinstance(value, dict):
         pairs = (f"{describe(k, depth - 1)}: {describe(v, depth - 1)}" for k, v in value.items())
         return f"{name}({', '.join(pairs)})"
@@ -208,7 +208,7 @@ def _describe_items(items: Iterable, depth: int) -> list[str]:
 def _public(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if not str(k).startswith("_")}
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #d281ff1e
+# %% ../nbs/lib/07a_checkpoint.ipynb #51d65c9f
 STATE = ("training", "waiting")  # attributes that change in training
 
 

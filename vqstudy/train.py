@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['schedule', 'Settings', 'optimizers', 'Updates', 'Batches', 'NonFiniteLoss', 'OutOfTime', 'Losses', 'check_weights',
            'diverging', 'still', 'check_losses', 'Task', 'Observer', 'JointStep', 'AlternatedStep', 'FusedStep',
-           'History', 'identity', 'refuse_another_run', 'Resumable', 'Loop', 'check_state', 'Keeper', 'Runner',
-           'Fitted', 'check_data', 'check_checkpoint', 'check_device', 'check_callable', 'fit']
+           'History', 'identity', 'refuse_another_run', 'Resumable', 'Loop', 'check_state', 'restore', 'Keeper',
+           'Runner', 'Fitted', 'check_data', 'check_checkpoint', 'check_device', 'check_callable', 'fit']
 
 # %% ../nbs/lib/08_train.ipynb #1d437093
 import math, time
@@ -260,7 +260,7 @@ def check_weights(model: nn.Module, step: int, total: int) -> None:
         if not is_finite:
             raise NonFiniteLoss(f"{name} was not finite after step {step} of {total}")
 
-# %% ../nbs/lib/08_train.ipynb #e24fe136
+# %% ../nbs/lib/08_train.ipynb #02dab283
 @contextmanager
 def diverging(model: nn.Module, step: int, total: int) -> Iterator[None]:
     "Inside, an error that comes of numbers that are not finite is raised as NonFiniteLoss."
@@ -292,7 +292,7 @@ def still(model: nn.Module) -> Iterator[None]:
         for m in norms:
             m.track_running_stats = True
 
-# %% ../nbs/lib/08_train.ipynb #98d48e2d
+# %% ../nbs/lib/08_train.ipynb #e5d557e3
 def check_losses(answer: Any) -> tuple[Tensor, dict[str, Tensor]]:
     "(loss, parts), or TypeError or ValueError."
     if not isinstance(answer, tuple) or len(answer) != 2:
@@ -340,7 +340,9 @@ class Task:
 
     def attach(self, x: Tensor, y: Tensor | None) -> None:
         def loss_at(v: Tensor) -> Tensor:
-            with still(self.model):
+            # called in backward, after the forward pass has left its autocast
+            lowered = torch.autocast(self.device_type, self.dtype, enabled=self.lowers)
+            with lowered, still(self.model):
                 return self.scale(self.model.decoder_loss(v, x, y))
 
         for q in self.asking:
@@ -513,7 +515,10 @@ def identity(
     x: UInt8[Tensor, "n 3 h w"],
     y: Int64[Tensor, "n"] | None,
 ) -> dict[str, str]:
-    "What a run is, apart from its settings, in words: model, loss and data."
+    """What a run is, apart from its settings, in words: model, loss and data.
+
+    Asked for before the first step: an attribute that counts steps would tell a run from itself.
+    """
     of_data = {"data.x": describe_tensor(x), "data.y": describe(y)}
     return describe_module("model", model) | {"loss_fn": describe(loss_fn)} | of_data
 
@@ -611,7 +616,7 @@ class Loop(Resumable):
         self.losses.check()
         check_weights(self.model, self.step, self.total)
 
-# %% ../nbs/lib/08_train.ipynb #d68e3955
+# %% ../nbs/lib/08_train.ipynb #8c240546
 def check_state(state: dict[str, Any], loop: Loop, own: dict[str, str], path: Path) -> None:
     "Raise ValueError for a state that is not whole or of another run, before it is loaded."
     missing = [key for key in loop.state() if key not in state]
@@ -627,6 +632,17 @@ def check_state(state: dict[str, Any], loop: Loop, own: dict[str, str], path: Pa
             "it was written by an older version. Name another file, or remove this one."
         )
     refuse_another_run(own, state["identity"], path)
+
+
+def restore(loop: Loop, own: dict[str, str], path: Path) -> None:
+    "Let the loop go on from a checkpoint, which must be of a run of this identity."
+    state = load_checkpoint(path)
+    check_state(state, loop, own, path)
+    try:
+        loop.load(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # it is of this very run, so only its content can be wrong
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 # %% ../nbs/lib/08_train.ipynb #ddb9c370
 class Keeper:
@@ -651,15 +667,8 @@ class Keeper:
         return self.checkpoint is not None and self.checkpoint.exists()
 
     def resume(self) -> None:
-        if not self.exists():
-            return
-        state = load_checkpoint(self.checkpoint)
-        check_state(state, self.loop, self.identity, self.checkpoint)
-        try:
-            self.loop.load(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            # of this very run, so only its content can be wrong
-            raise damaged(self.checkpoint, f"{type(error).__name__}: {error}") from error
+        if self.exists():
+            restore(self.loop, self.identity, self.checkpoint)
 
     def save(self) -> None:
         self.loop.check_finite()  # what has diverged never replaces a good checkpoint
@@ -740,7 +749,7 @@ class Fitted:
         "The last epoch's row, without its number."
         return {k: v for k, v in self.history[-1].items() if k != "epoch"}
 
-# %% ../nbs/lib/08_train.ipynb #b8ef8d3c
+# %% ../nbs/lib/08_train.ipynb #17450902
 def _num_classes(model: nn.Module) -> int | None:
     "Of a classifier, where it says so."
     if isinstance(model, Classifier):
@@ -771,7 +780,7 @@ def check_data(data: Any, num_classes: int | None = None) -> None:
     if low < 0 or (num_classes is not None and high >= num_classes):
         raise ValueError(f"data.y must be at least 0{most}, got labels in {low}..{high}")
 
-# %% ../nbs/lib/08_train.ipynb #4e8e1efc
+# %% ../nbs/lib/08_train.ipynb #cd064ddb
 def check_checkpoint(path: Path | str | None) -> None:
     "Raise TypeError or ValueError for what cannot be the name of a file."
     if path is None:
@@ -801,7 +810,7 @@ def check_callable(name: str, f: Any, optional: bool = True) -> None:
     if not callable(f) and not (optional and f is None):
         raise TypeError(f"{name} must be a function{' or None' * optional}, got {f!r}")
 
-# %% ../nbs/lib/08_train.ipynb #f2864e2a
+# %% ../nbs/lib/08_train.ipynb #19c9acc4
 def _refuse_unfit(model: nn.Module, data: Any, s: Settings) -> None:
     "Raise TypeError or ValueError for a model, data and settings that are none or do not fit."
     typed("model", model, nn.Module, "a torch.nn.Module")
@@ -827,7 +836,7 @@ def _refuse_unfit(model: nn.Module, data: Any, s: Settings) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #3ebbcf5b
+# %% ../nbs/lib/08_train.ipynb #7568e7af
 def _check_options(
     loss_fn: Any,
     evaluate: Any,
@@ -848,12 +857,13 @@ def _check_options(
     flag("progress", progress)
 
 # %% ../nbs/lib/08_train.ipynb #500079f2
-def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
+def _cost(loop: Loop) -> dict[str, float]:
     cost = {
-        "steps": steps,
-        "train_seconds": seconds,
-        "seconds_per_step": seconds / max(1, steps),
+        "steps": loop.total,
+        "train_seconds": loop.seconds,
+        "seconds_per_step": loop.seconds / max(1, loop.total),
     }
+    instruments = loop.observer.instruments
     return cost | {f"monitor_{name}_seconds": value for name, value in instruments.items()}
 
 # %% ../nbs/lib/08_train.ipynb #6778a153
@@ -881,13 +891,11 @@ def fit(
     - NonFiniteLoss, with the step, what was not finite, and the last good checkpoint;
     - OutOfTime at the deadline, after saving;
     - TypeError or ValueError for a wrong argument, which it names;
-    - ValueError for a checkpoint of another run, or of an older version, which does not say;
-    - DamagedCheckpoint (a ValueError) for one that is cut or none.
+    - ValueError for a checkpoint of another run, DamagedCheckpoint for one that is cut or none.
     """
     _refuse_unfit(model, data, settings)
     _check_options(loss_fn, evaluate, monitor, checkpoint, save_every, deadline, progress)
     device = check_device(device)
-    # before anything moves, so that it is the same in the process that resumes
     own = {} if checkpoint is None else identity(model, loss_fn, data.x, data.y)
     loop = Loop(model, loss_fn, data.x, data.y, settings, device, monitor)
     keeper = Keeper(loop, checkpoint, save_every, deadline, own)
@@ -899,5 +907,4 @@ def fit(
     except (NonFiniteLoss, OutOfTime) as error:
         last = keeper.checkpoint if keeper.exists() else "none"
         raise type(error)(f"{error}; last good checkpoint: {last}") from error.__cause__
-    cost = _cost(loop.total, loop.seconds, loop.observer.instruments)
-    return Fitted(model, loop.history.rows, cost, loop.observer.rows)
+    return Fitted(model, loop.history.rows, _cost(loop), loop.observer.rows)
