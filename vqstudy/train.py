@@ -260,7 +260,7 @@ def check_weights(model: nn.Module, step: int, total: int) -> None:
         if not is_finite:
             raise NonFiniteLoss(f"{name} was not finite after step {step} of {total}")
 
-# %% ../nbs/lib/08_train.ipynb #0b520a3c
+# %% ../nbs/lib/08_train.ipynb #08c86b64
 @contextmanager
 def diverging(model: nn.Module, step: int, total: int) -> Iterator[None]:
     "Inside, an error that comes of numbers that are not finite is raised as NonFiniteLoss."
@@ -292,7 +292,7 @@ def still(model: nn.Module) -> Iterator[None]:
         for m in norms:
             m.track_running_stats = True
 
-# %% ../nbs/lib/08_train.ipynb #b7d9c917
+# %% ../nbs/lib/08_train.ipynb #02e14a98
 def check_losses(answer: Any) -> tuple[Tensor, dict[str, Tensor]]:
     "(loss, parts), or TypeError or ValueError."
     if not isinstance(answer, tuple) or len(answer) != 2:
@@ -616,7 +616,7 @@ class Loop(Resumable):
         self.losses.check()
         check_weights(self.model, self.step, self.total)
 
-# %% ../nbs/lib/08_train.ipynb #574fe6ef
+# %% ../nbs/lib/08_train.ipynb #090cc632
 def check_state(state: dict[str, Any], loop: Loop, own: dict[str, str], path: Path) -> None:
     "Raise ValueError for a state that is not whole or of another run, before it is loaded."
     missing = [key for key in loop.state() if key not in state]
@@ -749,7 +749,7 @@ class Fitted:
         "The last epoch's row, without its number."
         return {k: v for k, v in self.history[-1].items() if k != "epoch"}
 
-# %% ../nbs/lib/08_train.ipynb #2ddf57af
+# %% ../nbs/lib/08_train.ipynb #be196a5f
 def _num_classes(model: nn.Module) -> int | None:
     "Of a classifier, where it says so."
     if isinstance(model, Classifier):
@@ -780,7 +780,7 @@ def check_data(data: Any, num_classes: int | None = None) -> None:
     if low < 0 or (num_classes is not None and high >= num_classes):
         raise ValueError(f"data.y must be at least 0{most}, got labels in {low}..{high}")
 
-# %% ../nbs/lib/08_train.ipynb #a02e2cf4
+# %% ../nbs/lib/08_train.ipynb #4fe07d0a
 def check_checkpoint(path: Path | str | None) -> None:
     "Raise TypeError or ValueError for what cannot be the name of a file."
     if path is None:
@@ -810,7 +810,7 @@ def check_callable(name: str, f: Any, optional: bool = True) -> None:
     if not callable(f) and not (optional and f is None):
         raise TypeError(f"{name} must be a function{' or None' * optional}, got {f!r}")
 
-# %% ../nbs/lib/08_train.ipynb #044cad95
+# %% ../nbs/lib/08_train.ipynb #1d405db9
 def _refuse_unfit(model: nn.Module, data: Any, s: Settings) -> None:
     "Raise TypeError or ValueError for a model, data and settings that are none or do not fit."
     typed("model", model, nn.Module, "a torch.nn.Module")
@@ -841,7 +841,7 @@ def _refuse_unfit(model: nn.Module, data: Any, s: Settings) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
-# %% ../nbs/lib/08_train.ipynb #e5274504
+# %% ../nbs/lib/08_train.ipynb #39e48c91
 def _check_options(
     loss_fn: Any,
     evaluate: Any,
