@@ -172,6 +172,22 @@ def test_descriptions_are_the_same_in_every_process():
     assert describe(torch.zeros(2, 0)) != describe(torch.zeros(0, 2))
 
 
+def described(model):
+    return identity(model, calm, random_images().x, None)
+
+
+def test_what_holds_itself_is_described():
+    model = Fragile()  # not one of torch's, whose attributes are not walked
+    model.helper = types.SimpleNamespace(model=model, functions=[], torch=torch)
+    model.helper.functions.append(lambda: model)
+    assert described(model) == described(model)
+
+
+def test_a_classifier_is_described():
+    one, two = (Classifier(recipe("vq", 128, 4, channel_dim=1), n) for n in (3, 4))
+    assert described(one) == described(one) != described(two)
+
+
 def test_an_older_version_did_not_say(tmp_path):
     path = tmp_path / "run.pt"
     run(path)

@@ -12,7 +12,7 @@ import hashlib, os, random
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #d0fa6e26
+# %% ../nbs/lib/07a_checkpoint.ipynb #08a20940
 def blake2(*parts: bytes | str | memoryview) -> str:
     "16 hexadecimal digits of BLAKE2b."
     h = hashlib.blake2b(digest_size=8)
@@ -130,7 +130,7 @@ def describe_tensor(x: Tensor) -> str:
 def _form(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #627c46ec
+# %% ../nbs/lib/07a_checkpoint.ipynb #87e21c6a
 def _code(code: CodeType, doc: str | None) -> str:
     "Digest of what a function does; its docstring, its lines and its file are left out."
     constants = [
@@ -160,7 +160,7 @@ def _describe_held(held: dict[str, Any], depth: int) -> str:
         return ""
     return f" with {', '.join(f'{k}={describe(v, depth - 1)}' for k, v in sorted(held.items()))}"
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #31b7d805
+# %% ../nbs/lib/07a_checkpoint.ipynb #754d531e
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, np.generic, Path)
 MOST = 160  # letters of a description; a longer one is cut and gets a digest
 
@@ -178,6 +178,8 @@ def _describe(value: Any, depth: int) -> str:
         return describe_tensor(value)
     if isinstance(value, (type, BuiltinFunctionType)):
         return value.__qualname__
+    if isinstance(value, ModuleType):
+        return value.__name__
     name = type(value).__qualname__
     if depth == 0:
         return name
@@ -189,7 +191,7 @@ def _describe(value: Any, depth: int) -> str:
         held = {str(i): argument for i, argument in enumerate(value.args)} | value.keywords
         return _describe(value.func, depth) + _describe_held(held, depth)
     if isinstance(value, nn.Module):
-        return f"{name} ({blake2(*describe_module(name, value).values())})"
+        return f"{name} ({blake2(*describe_module(name, value, depth - 1).values())})"
     if isinstance(value, np.ndarray):
         return f"{value.shape} {value.dtype} {blake2(value.tobytes())}"
     if isinstance(value, dict):
@@ -208,11 +210,11 @@ def _describe_items(items: Iterable, depth: int) -> list[str]:
 def _public(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if not str(k).startswith("_")}
 
-# %% ../nbs/lib/07a_checkpoint.ipynb #51d65c9f
+# %% ../nbs/lib/07a_checkpoint.ipynb #e3664e03
 STATE = ("training", "waiting")  # attributes that change in training
 
 
-def describe_module(name: str, module: nn.Module) -> dict[str, str]:
+def describe_module(name: str, module: nn.Module, depth: int = 4) -> dict[str, str]:
     "By name: the type and the options of each module in it, and each parameter and buffer."
     words = {}
     for path, m in module.named_modules(prefix=name):
@@ -223,7 +225,7 @@ def describe_module(name: str, module: nn.Module) -> dict[str, str]:
         state = m.__getstate__()
         for key, value in _public(state if isinstance(state, dict) else vars(m)).items():
             if key not in STATE:
-                words[f"{path}.{key}"] = describe(value)
+                words[f"{path}.{key}"] = describe(value, depth)
     for path, p in module.named_parameters(prefix=name):
         words[path] = _form(p) + ("" if p.requires_grad else ", frozen")
     for path, b in module.named_buffers(prefix=name):
