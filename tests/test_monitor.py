@@ -100,17 +100,16 @@ def test_under_other_settings_too(more):
 @pytest.mark.parametrize("stops", [1, 2, 5, 7])
 def test_rows_survive_an_interruption_at_any_step(tmp_path, stops):
     whole = uninterrupted()
-    seen = 0
+    watch = monitor()
 
-    def interrupted(model, x, y):
-        nonlocal seen
-        seen += 1
-        if seen > stops:
+    def interrupted(model, step):
+        row = watch(model, step)
+        if step == stops:
             raise KeyboardInterrupt
-        return reconstruction_loss(model, x, y)
+        return row
 
     with pytest.raises(KeyboardInterrupt):
-        run("vq + replace", monitor(), tmp_path / "run.pt", loss=interrupted)
+        run("vq + replace", interrupted, tmp_path / "run.pt")
     kept = load_checkpoint(tmp_path / "run.pt")
     resumed = run("vq + replace", monitor(), tmp_path / "run.pt")
     same(resumed, whole)

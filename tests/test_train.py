@@ -35,6 +35,7 @@ def run(
     epochs=3,
     loss=reconstruction_loss,
     n=64,
+    monitor=None,
     **settings,
 ):
     reproducible(0, threads=1, device="cpu")
@@ -50,22 +51,19 @@ def run(
         checkpoint=path,
         deadline=deadline,
         save_every=0.0 if path else 60.0,
+        monitor=monitor,
         progress=False,
     )
 
 
-def interrupted(loss, stops):
-    "A loss that is interrupted after so many steps, in the middle of an epoch."
-    calls = 0
+def interrupt_after(stops):
+    "A monitor that interrupts the run after so many steps, in the middle of an epoch."
 
-    def stopping(model, x, y):
-        nonlocal calls
-        calls += 1
-        if calls > stops:
+    def monitor(model, step):
+        if step == stops:
             raise KeyboardInterrupt
-        return loss(model, x, y)
 
-    return stopping
+    return monitor
 
 
 def same_run(a, b):
@@ -86,7 +84,7 @@ def test_same_seed_same_record(whole):
 def test_resumed_is_the_same_run(whole, tmp_path, stops):
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        run(path, loss=interrupted(reconstruction_loss, stops))
+        run(path, monitor=interrupt_after(stops))
     assert load_checkpoint(path)["step"] in (stops, stops - stops % 8)
     assert same_run(run(path), whole)
 
@@ -475,16 +473,16 @@ def test_alternation_refuses_what_it_cannot_do():
 def test_a_resumed_alternated_run_is_the_same_run(tmp_path):
     "Gradients that wait between steps are part of the checkpoint."
 
-    def go(path=None, loss=linear_loss):
+    def go(path=None, monitor=None):
         reproducible(0)
         model = Linear(VectorQuantizer(4, 8, rule=synchronized(0.5), alternate=True))
         settings = Settings(epochs=2, batch_size=4)
         every = 0.0 if path else 60.0
         options = {"checkpoint": path, "save_every": every, "progress": False}
-        return fit(model, loss, small(), settings, **options)
+        return fit(model, linear_loss, small(), settings, monitor=monitor, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "a.pt", interrupted(linear_loss, 3))
+        go(tmp_path / "a.pt", interrupt_after(3))
     assert same_run(go(tmp_path / "a.pt"), go())
 
 

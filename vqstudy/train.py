@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['schedule', 'Settings', 'optimizers', 'Updates', 'Batches', 'NonFiniteLoss', 'OutOfTime', 'Losses', 'check_weights',
-           'still', 'Task', 'Observer', 'JointStep', 'AlternatedStep', 'FusedStep', 'History', 'Resumable', 'Loop',
-           'Keeper', 'Runner', 'Fitted', 'fit']
+           'diverging', 'still', 'check_losses', 'Task', 'Observer', 'JointStep', 'AlternatedStep', 'FusedStep',
+           'History', 'identity', 'refuse_another_run', 'Resumable', 'Loop', 'check_state', 'restore', 'Keeper',
+           'Runner', 'Fitted', 'check_data', 'check_checkpoint', 'check_device', 'check_callable', 'fit']
 
 # %% ../nbs/lib/08_train.ipynb #1d437093
 import math, time
@@ -19,10 +20,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 from .base import Quantizer
+from .checkpoint import damaged, describe, describe_module, describe_tensor, differences
 from .checkpoint import load_checkpoint, random_state, reproducible
 from .checkpoint import save_checkpoint, set_random_state
 from .checks import flag, number, one_of, typed, whole
 from .codebook import Codebook
+from .models import Classifier
 
 # %% ../nbs/lib/08_train.ipynb #cc96effa
 def schedule(
@@ -31,7 +34,11 @@ def schedule(
     warmup: float = 1 / 9,   # share of the total
     then: str = "cosine",    # or "constant"; `Settings` calls it decay
 ) -> float:
-    "The factor of the learning rate at a step."
+    "The factor of the learning rate at a step; raises ValueError (TypeError for a wrong type)."
+    whole("total", total)
+    whole("step", step, least=0, most=total)
+    number("warmup", warmup, least=0, below=1)
+    one_of("then", then, ("cosine", "constant"))
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -97,6 +104,8 @@ def optimizers(model: nn.Module, s: Settings) -> dict[str, torch.optim.Optimizer
 
     One of the two is missing where there is nothing for it to learn. Each group has a `base_lr`.
     """
+    typed("model", model, nn.Module, "a torch.nn.Module")
+    typed("s", s, Settings, "a Settings")
     # by identity, as tensors compare element by element
     books = {id(p) for m in model.modules() if isinstance(m, Codebook) for p in m.parameters()}
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -251,6 +260,24 @@ def check_weights(model: nn.Module, step: int, total: int) -> None:
         if not is_finite:
             raise NonFiniteLoss(f"{name} was not finite after step {step} of {total}")
 
+# %% ../nbs/lib/08_train.ipynb #08c86b64
+@contextmanager
+def diverging(model: nn.Module, step: int, total: int) -> Iterator[None]:
+    "Inside, an error that comes of numbers that are not finite is raised as NonFiniteLoss."
+    try:
+        yield
+    except (NonFiniteLoss, OutOfTime):
+        raise
+    except Exception as error:
+        try:
+            check_weights(model, step, total)
+        except NonFiniteLoss as reason:
+            raise reason from error
+        # images are bytes: with finite weights, what is not finite has overflowed in the model
+        if "must be finite" in str(error):
+            raise NonFiniteLoss(f"{error}, after step {step} of {total}") from error
+        raise
+
 # %% ../nbs/lib/08_train.ipynb #0bd48df6
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
@@ -264,6 +291,26 @@ def still(model: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.track_running_stats = True
+
+# %% ../nbs/lib/08_train.ipynb #02e14a98
+def check_losses(answer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    "(loss, parts), or TypeError or ValueError."
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        given = type(answer).__name__
+        raise TypeError(f"loss_fn must return (loss, parts), a pair, got a {given}")
+    loss, parts = answer
+    typed("the loss of loss_fn", loss, Tensor, "a torch.Tensor")
+    typed("the parts of loss_fn", parts, dict, "a dict of scalar tensors")
+    if loss.numel() != 1 or loss.ndim:
+        raise ValueError(f"the loss of loss_fn must be a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("the loss of loss_fn must have a gradient: no parameter took part in it")
+    for name, part in parts.items():
+        if name in ("loss", "epoch"):
+            raise ValueError(f"a part of loss_fn must not be called {name!r}: the history has one")
+        if not isinstance(part, Tensor) or part.ndim:
+            raise TypeError(f"the part {name!r} of loss_fn must be a scalar tensor, got {part!r}")
+    return answer
 
 # %% ../nbs/lib/08_train.ipynb #84e50fed
 class Task:
@@ -289,11 +336,13 @@ class Task:
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         self.attach(x, y)
         with torch.autocast(self.device_type, self.dtype, enabled=self.lowers):
-            return self.loss_fn(self.compiled, x, y)
+            return check_losses(self.loss_fn(self.compiled, x, y))
 
     def attach(self, x: Tensor, y: Tensor | None) -> None:
         def loss_at(v: Tensor) -> Tensor:
-            with still(self.model):
+            # called in backward, after the forward pass has left its autocast
+            lowered = torch.autocast(self.device_type, self.dtype, enabled=self.lowers)
+            with lowered, still(self.model):
                 return self.scale(self.model.decoder_loss(v, x, y))
 
         for q in self.asking:
@@ -327,6 +376,8 @@ class Observer:
         start = time.perf_counter()
         answer = self.monitor(self.model, step)
         if answer:
+            if not isinstance(answer, tuple) or len(answer) != 2:
+                raise TypeError(f"monitor must return (row, seconds) or None, got {answer!r}")
             row, seconds = answer
             self.rows.append({"step": step, **row})
             for name, value in seconds.items():
@@ -458,16 +509,27 @@ class History:
         self.sums = {}
 
 # %% ../nbs/lib/08_train.ipynb #b0b4b03b
-def _refuse_other_settings(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
-    changed = [
-        f"{key} is {now.get(key)} and was {then.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key)
-    ]
+def identity(
+    model: nn.Module,
+    loss_fn: Callable,  # (model, x, y) -> loss, parts to log
+    x: UInt8[Tensor, "n 3 h w"],
+    y: Int64[Tensor, "n"] | None,
+) -> dict[str, str]:
+    """What a run is, apart from its settings, in words: model, loss and data.
+
+    Asked for before the first step: an attribute that counts steps would tell a run from itself.
+    """
+    of_data = {"data.x": describe_tensor(x), "data.y": describe(y)}
+    return describe_module("model", model) | {"loss_fn": describe(loss_fn)} | of_data
+
+
+def refuse_another_run(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
+    "Raise ValueError, which says what differs, unless both are one run."
+    changed = differences(now, then)
     if changed:
         raise ValueError(
-            f"checkpoint {name} was made with other settings: {'; '.join(changed)}. "
-            "Remove it, or take its settings."
+            f"checkpoint {path} is of another run: {changed}. "
+            "Name another file, remove this one, or give fit what it was made with."
         )
 
 # %% ../nbs/lib/08_train.ipynb #9679dc22
@@ -490,9 +552,8 @@ class Resumable:
             "instruments": self.observer.instruments,
         }
 
-    def load(self, state: dict[str, Any], name: str) -> None:
-        "Go on from a state; raises ValueError, which names the checkpoint, for other settings."
-        _refuse_other_settings(asdict(self.s), state["settings"], name)
+    def load(self, state: dict[str, Any]) -> None:
+        "Go on from a state of the same run."
         # into the tensors that the optimisers and the compiled model already hold
         self.model.load_state_dict(state["model"])
         self.updates.load(state)
@@ -544,7 +605,8 @@ class Loop(Resumable):
         "One training step."
         for q in self.quantizers:
             q.anneal(self.step / self.total)
-        parts = self.take_step(self.step, x, y)
+        with diverging(self.model, self.step, self.total):
+            parts = self.take_step(self.step, x, y)
         self.updates.scaler.update()
         self.history.add(parts)
         self.step += 1
@@ -554,15 +616,49 @@ class Loop(Resumable):
         self.losses.check()
         check_weights(self.model, self.step, self.total)
 
+# %% ../nbs/lib/08_train.ipynb #090cc632
+def check_state(state: dict[str, Any], loop: Loop, own: dict[str, str], path: Path) -> None:
+    "Raise ValueError for a state that is not whole or of another run, before it is loaded."
+    missing = [key for key in loop.state() if key not in state]
+    if missing:
+        raise damaged(path, f"it has no {', '.join(missing)}")
+    for key in ("settings", "identity"):
+        if not isinstance(state.get(key, {}), dict):
+            raise damaged(path, f"its {key} are a {type(state[key]).__name__}")
+    refuse_another_run(asdict(loop.s), state["settings"], path)
+    if "identity" not in state:
+        raise ValueError(
+            f"checkpoint {path} does not say of which model, loss and data it is: "
+            "it was written by an older version. Name another file, or remove this one."
+        )
+    refuse_another_run(own, state["identity"], path)
+
+
+def restore(loop: Loop, own: dict[str, str], path: Path) -> None:
+    "Let the loop go on from a checkpoint, which must be of a run of this identity."
+    state = load_checkpoint(path)
+    check_state(state, loop, own, path)
+    try:
+        loop.load(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # it is of this very run, so only its content can be wrong
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+
 # %% ../nbs/lib/08_train.ipynb #ddb9c370
 class Keeper:
     "Saves a loop now and then, and stops it at the deadline."
 
     def __init__(
-        self, loop: Loop, checkpoint: Path | str | None, save_every: float, deadline: float | None
+        self,
+        loop: Loop,
+        checkpoint: Path | str | None,
+        save_every: float,
+        deadline: float | None,
+        identity: dict[str, str],  # of the run; not needed without a checkpoint
     ):
         self.loop = loop
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.identity = identity
         self.save_every = save_every
         self.deadline = math.inf if deadline is None else deadline
         self.saved = loop.observer.clock()
@@ -572,12 +668,12 @@ class Keeper:
 
     def resume(self) -> None:
         if self.exists():
-            self.loop.load(load_checkpoint(self.checkpoint), self.checkpoint.name)
+            restore(self.loop, self.identity, self.checkpoint)
 
     def save(self) -> None:
         self.loop.check_finite()  # what has diverged never replaces a good checkpoint
         if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self.loop.state())
+            save_checkpoint(self.checkpoint, self.loop.state() | {"identity": self.identity})
         self.saved = self.loop.observer.clock()
 
     def after_step(self) -> None:
@@ -632,8 +728,9 @@ class Runner:
         measured = {}
         if self.evaluate is not None:
             loop.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), diverging(loop.model, loop.step, loop.total):
                 measured = self.evaluate(loop.model)
+            typed("the result of evaluate", measured, dict, "a dict of numbers")
             loop.model.train()
         loop.history.close_epoch(loop.step // len(loop.batches), len(loop.batches), measured)
 
@@ -652,14 +749,86 @@ class Fitted:
         "The last epoch's row, without its number."
         return {k: v for k, v in self.history[-1].items() if k != "epoch"}
 
+# %% ../nbs/lib/08_train.ipynb #be196a5f
+def _num_classes(model: nn.Module) -> int | None:
+    "Of a classifier, where it says so."
+    if isinstance(model, Classifier):
+        return model.decoder[-1].out_features
+    return getattr(model, "num_classes", None)
 
-def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
-    "Raise ValueError for what this model, these settings and `count` images cannot give."
+
+def check_data(data: Any, num_classes: int | None = None) -> None:
+    "Raise TypeError or ValueError unless data has images x and labels y, or None."
+    for name in ("x", "y"):
+        if not hasattr(data, name):
+            raise TypeError(f"data must have x and y (or y = None), got a {type(data).__name__}")
+    x, y = data.x, data.y
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"data.x must be a tensor of uint8 (bytes 0..255), got {given}")
+    if x.ndim != 4 or x.shape[1] != 3 or x.numel() == 0:
+        raise ValueError(f"data.x must be images (n, 3, h, w), got shape {tuple(x.shape)}")
+    if y is None:
+        return
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"data.y must be a tensor of int64, or None, got {given}")
+    if y.shape != (len(x),):
+        raise ValueError(f"data.y must have shape ({len(x)},), as data.x, got {tuple(y.shape)}")
+    low, high = (int(end) for end in y.aminmax())
+    most = "" if num_classes is None else f" and below the model's {num_classes} classes"
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        raise ValueError(f"data.y must be at least 0{most}, got labels in {low}..{high}")
+
+# %% ../nbs/lib/08_train.ipynb #4fe07d0a
+def check_checkpoint(path: Path | str | None) -> None:
+    "Raise TypeError or ValueError for what cannot be the name of a file."
+    if path is None:
+        return
+    path = Path(typed("checkpoint", path, (str, Path), "a path or None"))
+    if path.is_dir():
+        raise ValueError(f"checkpoint must be a file, got the folder {path}")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"checkpoint must lie in a folder, got {path}, and {folder} is a file")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    "The device, if there is one of this name; raises TypeError, ValueError or RuntimeError."
+    typed("device", device, (str, torch.device), "a torch.device or its name")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, such as 'cpu', got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"device is {device!r}, and this machine has none")
+    return found
+
+
+def check_callable(name: str, f: Any, optional: bool = True) -> None:
+    "Raise TypeError unless it can be called, or is None where it may be."
+    if not callable(f) and not (optional and f is None):
+        raise TypeError(f"{name} must be a function{' or None' * optional}, got {f!r}")
+
+# %% ../nbs/lib/08_train.ipynb #1d405db9
+def _refuse_unfit(model: nn.Module, data: Any, s: Settings) -> None:
+    "Raise TypeError or ValueError for a model, data and settings that are none or do not fit."
+    typed("model", model, nn.Module, "a torch.nn.Module")
+    typed("settings", s, Settings, "a Settings")
+    check_data(data, _num_classes(model))
+    count = len(data.x)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have a parameter that learns, got none with requires_grad")
     if count < s.batch_size:
         raise ValueError(f"batch_size must be at most the set's size {count}, got {s.batch_size}")
     if _asking(model) and not hasattr(model, "decoder_loss"):
         raise ValueError(
             "a quantizer's rule asks the decoder: the model must have decoder_loss(v, x, y)"
+        )
+    if s.autocast == "float16" and any(q.rule == "hessian" for q in _asking(model)):
+        raise ValueError(
+            "autocast float16 cannot be used with the rule 'hessian': "
+            "second derivatives of batch norm are NaN in it; bfloat16 can"
         )
     if not _alternating(model):
         return
@@ -672,13 +841,34 @@ def _refuse_unfit(model: nn.Module, s: Settings, count: int) -> None:
     if s.batch_size < steps:
         raise ValueError(f"batch_size must be at least inner + outer = {steps}, got {s.batch_size}")
 
+# %% ../nbs/lib/08_train.ipynb #39e48c91
+def _check_options(
+    loss_fn: Any,
+    evaluate: Any,
+    monitor: Any,
+    checkpoint: Any,
+    save_every: Any,
+    deadline: Any,
+    progress: Any,
+) -> None:
+    "Raise TypeError or ValueError for an argument of `fit`, which it names."
+    check_callable("loss_fn", loss_fn, optional=False)
+    check_callable("evaluate", evaluate)
+    check_callable("monitor", monitor)
+    check_checkpoint(checkpoint)
+    number("save_every", save_every, least=0)
+    if deadline is not None:
+        number("deadline", deadline)
+    flag("progress", progress)
+
 # %% ../nbs/lib/08_train.ipynb #500079f2
-def _cost(steps: int, seconds: float, instruments: dict[str, float]) -> dict[str, float]:
+def _cost(loop: Loop) -> dict[str, float]:
     cost = {
-        "steps": steps,
-        "train_seconds": seconds,
-        "seconds_per_step": seconds / max(1, steps),
+        "steps": loop.total,
+        "train_seconds": loop.seconds,
+        "seconds_per_step": loop.seconds / max(1, loop.total),
     }
+    instruments = loop.observer.instruments
     return cost | {f"monitor_{name}_seconds": value for name, value in instruments.items()}
 
 # %% ../nbs/lib/08_train.ipynb #6778a153
@@ -702,14 +892,18 @@ def fit(
     """Train `model` and measure it after every epoch.
 
     On a CPU with one thread a resumed run is bit for bit the uninterrupted one, if the monitor
-    (such as `measure.Monitor`) leaves the model as it is. Raises:
-    - NonFiniteLoss, with the step, the loss or the parameter, and the last good checkpoint;
+    leaves the model as it is. Raises:
+    - NonFiniteLoss, with the step, what was not finite, and the last good checkpoint;
     - OutOfTime at the deadline, after saving;
-    - ValueError for a batch larger than the set, or a checkpoint made under other settings.
+    - TypeError or ValueError for a wrong argument, which it names;
+    - ValueError for a checkpoint of another run, DamagedCheckpoint for one that is cut or none.
     """
-    _refuse_unfit(model, settings, len(data.x))
-    loop = Loop(model, loss_fn, data.x, data.y, settings, torch.device(device), monitor)
-    keeper = Keeper(loop, checkpoint, save_every, deadline)
+    _refuse_unfit(model, data, settings)
+    _check_options(loss_fn, evaluate, monitor, checkpoint, save_every, deadline, progress)
+    device = check_device(device)
+    own = {} if checkpoint is None else identity(model, loss_fn, data.x, data.y)
+    loop = Loop(model, loss_fn, data.x, data.y, settings, device, monitor)
+    keeper = Keeper(loop, checkpoint, save_every, deadline, own)
     keeper.resume()
     options = {"mininterval": 2, "unit": "step", "leave": False, "disable": not progress}
     try:
@@ -717,6 +911,5 @@ def fit(
             Runner(loop, keeper, evaluate, bar).run()
     except (NonFiniteLoss, OutOfTime) as error:
         last = keeper.checkpoint if keeper.exists() else "none"
-        raise type(error)(f"{error}; last good checkpoint: {last}") from None
-    cost = _cost(loop.total, loop.seconds, loop.observer.instruments)
-    return Fitted(model, loop.history.rows, cost, loop.observer.rows)
+        raise type(error)(f"{error}; last good checkpoint: {last}") from error.__cause__
+    return Fitted(model, loop.history.rows, _cost(loop), loop.observer.rows)
