@@ -82,22 +82,24 @@ rule cell:
     resources: gpu=lambda wildcards: int(study.wants_gpu(BY_ID[wildcards.cell]))
     params: sweep=lambda wildcards: BY_ID[wildcards.cell].sweep
     shell:
-        "{PYTHON} -m vqstudy.study cell --scale {SCALE}"
-        " --sweep {params.sweep} --cell {wildcards.cell}"
+        "{PYTHON:q} -m vqstudy.study cell --scale {SCALE:q}"
+        " --sweep {params.sweep:q} --cell {wildcards.cell:q}"
 
 
 rule table:
     input: sweep_cells
     output: touch("{call}/table/{sweep}")
     localrule: True
-    shell: "{PYTHON} -m vqstudy.study collect --scale {SCALE} --sweep {wildcards.sweep} > /dev/null"
+    shell:
+        "{PYTHON:q} -m vqstudy.study collect --scale {SCALE:q}"
+        " --sweep {wildcards.sweep:q} > /dev/null"
 
 
 rule figure:
     input: figure_inputs
     output: touch("{call}/figure/{figure}")
     localrule: True
-    shell: "{PYTHON} -m vqstudy.study draw --scale {SCALE} {wildcards.figure}"
+    shell: "{PYTHON:q} -m vqstudy.study draw --scale {SCALE:q} {wildcards.figure:q}"
 
 
 def leave():
