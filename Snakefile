@@ -15,10 +15,11 @@ from vqstudy import study
 from snakemake.logging import logger
 
 SCALE = str(config.get("scale", "smoke"))
-MISSING = bool(int(config.get("missing") or 0))
 PYTHON = sys.executable
 FLAGS = "data/runs/.engine"
 try:
+    MISSING = study.option("MISSING", config.get("missing")) != 0
+    BUDGET = study.option("BUDGET", config.get("budget"))
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
 except (ValueError, TypeError, FileNotFoundError) as error:
@@ -27,8 +28,8 @@ if {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
     print(study.overview(SWEEPS, SCALE, MISSING))
 if workflow.is_main_process:
     os.environ["VQSTUDY_ENGINE"] = str(os.getpid())
-    if config.get("budget"):
-        os.environ["VQSTUDY_DEADLINE"] = str(time.time() + float(config["budget"]))
+    if BUDGET:
+        os.environ["VQSTUDY_DEADLINE"] = str(time.time() + BUDGET)
 
 CALL = f"{FLAGS}/{time.time_ns()}-{os.getpid()}"
 BY_ID = {cell.id: cell for cell in CELLS}
@@ -108,6 +109,9 @@ def leave():
 
 
 onstart:
+    # on a cluster the nodes may have what this machine has not
+    if workflow.local_exec and (lacks := study.lacking(CELLS)):
+        sys.exit(f"refused, nothing was run: {lacks}")
     if workflow.local_exec and any(map(study.wants_gpu, CELLS)) and not study.gpus():
         reason = f"the cells want a GPU (scale {SCALE}) and there is none"
         sys.exit(f"refused, nothing was run: {reason}")

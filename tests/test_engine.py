@@ -316,6 +316,18 @@ def test_refused_before_anything_runs(tmp_path):
     code, shown = project.make("study")
     assert code != 0 and why in shown and "Traceback" not in shown, shown
     assert "refused, nothing was run" in shown and not (tmp_path / "data").exists()
+    # the plan may be made without the images, the study not
+    parameters = f"{TALK[0]}\ndataset: str = 'photos'"
+    notebook(tmp_path / "nbs/runs/talk.ipynb", parameters, *TALK[1:])
+    project.sweep("wrong", "{notebook: talk, fixed: {dataset: cifar10}, scales: {smoke: {}}}")
+    code, shown = project.make("dry-run")
+    assert code == 0 and "2 of 2 cells would run" in shown, shown
+    code, shown = project.make("study")
+    assert code != 0 and "nothing was run: 1 of 2 cells need cifar10" in shown, shown
+    assert 'Without them: SWEEP="talks"' in shown and "Traceback" not in shown
+    assert not (tmp_path / RECORDS).exists()
+    code, shown = project.make("study", "BUDGET=10m")
+    assert code != 0 and "BUDGET takes seconds" in shown and "Traceback" not in shown, shown
 
 
 def test_time_budget(tmp_path):

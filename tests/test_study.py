@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 import nbformat
@@ -580,6 +581,149 @@ with locked(Path(sys.argv[1])):
     holder.wait()
     with records.locked(path, 5):
         pass
+
+
+def test_who_waits_for_a_lock_leaves_its_holders_name(project):
+    path = project / "lock"
+    with records.locked(path):
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match=rf"holds lock \(pid {os.getpid()} on "):
+                records.locked(path, 0).__enter__()
+    with records.locked(path, 0):
+        assert path.read_text().count("pid") == 1
+
+
+# ---- two studies at once ----
+
+
+def start(project, *words, **env):
+    "A command of the study in another process, and the first line that it prints."
+    command = [sys.executable, "-m", "vqstudy.study", *words]
+    where = dict(cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)) | env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, **where, **pipes)
+    return process, process.stdout.readline()
+
+
+def words_for(cell):
+    return ["cell", "--scale", cell.scale, "--sweep", cell.sweep, "--cell", cell.id]
+
+
+def test_a_cell_that_another_study_runs_is_waited_for(project):
+    cell = cells.plan("walks", "desk")[0]
+    with records.locked(cell.work.with_suffix(".lock")):
+        process, line = start(project, *words_for(cell))
+        assert "waits for another study that runs it" in line and f"pid {os.getpid()}" in line
+        run(cell, 0.5)
+    shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and shown == f"{cell.id}  a · seed 0  done by another study\n"
+
+
+def test_waiting_ends_with_the_time_budget(project):
+    cell = cells.plan("walks", "desk")[0]
+    with records.locked(cell.work.with_suffix(".lock")):
+        soon = str(time.time() + 3)
+        process, line = start(project, *words_for(cell), VQSTUDY_DEADLINE=soon)
+        shown, _ = process.communicate(timeout=30)
+    assert "waits for another study" in line
+    assert process.returncode == study.OUT_OF_TIME and shown == "" and not cell.work.exists()
+
+
+def test_a_figure_that_another_study_draws_is_waited_for(project):
+    notebook(project / "nbs/figs/walks.ipynb", "scale: str = 'smoke'")
+    with records.locked(project / "data/runs/desk/figs/.walks.lock"):
+        process, line = start(project, "draw", "--scale", "desk", "walks")
+        assert "walks  waits for another study" in line
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and shown.endswith("walks  drawn\n")
+
+
+def test_a_budget_that_is_no_time_is_said(project, monkeypatch, capsys):
+    monkeypatch.setenv("VQSTUDY_DEADLINE", "soon")
+    assert study.main(words_for(cells.plan("walks", "desk")[0])) == 2
+    assert capsys.readouterr().err == "study: VQSTUDY_DEADLINE must be a Unix time, got 'soon'\n"
+
+
+@pytest.mark.parametrize("name, given", [("BUDGET", "10m"), ("BUDGET", "-1"), ("MISSING", "yes")])
+@pytest.mark.parametrize("worse", ["", "nan", "inf"])
+def test_options_of_make_are_numbers(name, given, worse):
+    with pytest.raises(ValueError, match=f"{name} takes .*, got {worse or given!r}"):
+        study.option(name, worse or given)
+    assert [study.option(name, value) for value in (None, "", 0, "1")] == [0, 0, 0, 1]
+
+
+# ---- data sets that are not here ----
+
+
+def wanting(*names):
+    "Cells of sweeps a, b, ..., each of which wants a data set; None has no such parameter."
+    made = []
+    for sweep, name in zip("abcd", names):
+        given = {} if name is None else dict(dataset=name)
+        made.append(cells.Cell(f"walk-{sweep}", "walk", given, sweep, "desk", ""))
+    return made
+
+
+LACKING = [
+    (("cifar10", "photos", None), (), "1 of 3 cells need cifar10,", "images('cifar10', 'train'"),
+    (("celeba", "cifar10"), (), "2 of 2 cells need celeba, cifar10,", "images('celeba', 'train'"),
+    (("street", None), (), "1 of 2 cells need street,", "put it into $VQSTUDY_DATA/street"),
+    (("celeba", "cifar10"), ("cifar10",), "1 of 2 cells need celeba,", 'SWEEP="b"'),
+    (("cifar10", "photos"), ("celeba10k",), "1 of 2 cells need cifar10,", 'SWEEP="b"'),
+]
+
+
+@pytest.mark.parametrize("given", ["unset", "no folder", "empty folders", "others"])
+@pytest.mark.parametrize("wanted, others, count, how", LACKING)
+def test_sets_that_are_missing_are_named(tmp_path, monkeypatch, given, wanted, others, count, how):
+    place = tmp_path / "sets"
+    monkeypatch.setenv("VQSTUDY_DATA", str(place))
+    if given == "unset":
+        monkeypatch.delenv("VQSTUDY_DATA")
+    if given == "empty folders":
+        for name in ("cifar10", "celeba", "street"):
+            (place / name).mkdir(parents=True)
+    if given == "others":
+        for name in others:
+            records.write(place / name / "a.parquet", "")
+    said = study.lacking(wanting(*wanted))
+    if others and given != "others":
+        assert "need" in said
+    else:
+        assert count in said and how in said
+    assert ("VQSTUDY_DATA is not set" in said) == (given == "unset")
+
+
+HERE = [("cifar10", "cifar10"), ("cifar10", "cifar-10-batches-py"), ("celeba", "celeba")]
+HERE += [("celeba", "celeba10k"), ("celeba10k", "celeba10k"), ("street", "street")]
+
+
+@pytest.mark.parametrize("name, folder", HERE)
+def test_sets_that_are_here_are_found(tmp_path, monkeypatch, name, folder):
+    monkeypatch.setenv("VQSTUDY_DATA", str(tmp_path))
+    records.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
+    assert study.lacking(wanting(name, "photos", None)) == ""
+
+
+def test_no_files_are_wanted_by_photos_and_by_cells_without_images(monkeypatch):
+    monkeypatch.delenv("VQSTUDY_DATA", raising=False)
+    assert study.lacking(wanting("photos", None, "")) == "" == study.lacking([])
+
+
+def test_sets_are_looked_for_where_data_finds_them():
+    from vqstudy import data
+
+    assert set(study.SET_FOLDERS) == set(data.DOWNLOADS)
+    assert set(data.FACES) == set(study.SET_FOLDERS["celeba"])
+
+
+def test_a_cell_without_its_set_does_not_start(project, monkeypatch, capsys):
+    monkeypatch.delenv("VQSTUDY_DATA", raising=False)
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS + 'dataset: str = "cifar10"', USES_TOY)
+    cell = cells.plan("walks", "desk")[0]
+    assert study.main(words_for(cell)) == 2
+    assert "study: 1 of 1 cells need cifar10" in capsys.readouterr().err
+    assert not cell.work.exists() and records.state(cell) == "missing"
 
 
 def test_checkpoint_belongs_to_cell_and_code(project, monkeypatch):

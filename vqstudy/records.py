@@ -28,9 +28,10 @@ def write(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def locked(path: Path, wait: float = 20.0) -> Iterator[None]:
-    "Hold an exclusive lock on a file. Raises TimeoutError after `wait` seconds."
+    "Hold an exclusive lock on a file, which names its holder. Raises TimeoutError after `wait` s."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:  # closing it releases the lock, and so does the process's end
+    # not "w": who waits must not empty the file of its holder
+    with open(path, "a+") as file:  # closing it releases the lock, and so does the process's end
         end = time.monotonic() + wait
         while True:
             try:
@@ -38,9 +39,13 @@ def locked(path: Path, wait: float = 20.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    waited = f"waited {wait:g} s"
+                    holder = path.read_text() or "pid not known"
+                    waited = f"{holder}; waited {wait:g} s"
                     raise TimeoutError(f"another process holds {path.name} ({waited})") from None
                 time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
         yield
 
 # %% ../nbs/lib/10b_records.ipynb #76fcb834
