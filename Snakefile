@@ -112,6 +112,8 @@ onstart:
     # on a cluster the nodes may have what this machine has not
     if workflow.local_exec and (lacks := study.lacking(CELLS)):
         sys.exit(f"refused, nothing was run: {lacks}")
+    if reason := study.commit()["commit_unknown"]:
+        print(f"the records will name no commit: {reason}", file=sys.stderr, flush=True)
     if workflow.local_exec and any(map(study.wants_gpu, CELLS)) and not study.gpus():
         reason = f"the cells want a GPU (scale {SCALE}) and there is none"
         sys.exit(f"refused, nothing was run: {reason}")

@@ -415,7 +415,8 @@ def test_keys_of_a_record_and_of_its_row(project):
     record = json.loads((cell.folder / "record.json").read_text())
     assert list(record) == ["cell", "cost", "metrics", "parameters", "provenance", "status"]
     past = records.provenance("walk", records.now())
-    code = ["fingerprint", "notebook", "commit", "dirty", "versions"]
+    code = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
+    code += ["commit", "dirty", "commit_unknown", "versions"]
     assert list(past) == [*code, "device", "threads", "sweep", "scale", "started", "finished"]
 
 
@@ -513,6 +514,222 @@ def test_the_picture_of_a_cell_no_longer_planned_gives_way(figured):
         kept = json.loads(table.with_suffix(".json").read_text())["samples"]
         lowest = sorted(cell.id for cell in planned if cell.parameters["seed"] == 0)
         assert sorted(note["rank"][1] for note in kept.values()) == lowest
+
+
+# ---- which notebook really ran ----
+
+RUNS = [
+    "import math",
+    "from vqstudy.study import Run\nrun = Run('walk', globals())  # of a walk",
+    "far = math.sqrt(run.parameters['steps'])",
+    "run.save(dict(far=far))",
+]
+LATE = [*RUNS[:2], "far = 2 * math.sqrt(run.parameters['steps'])", RUNS[3]]
+
+
+def papermill(project, path, *sources, api=False, env={}, parameters=PARAMETERS, **given):
+    "Run a notebook by plain papermill: what it printed, and the records by their folders' names."
+    notebook(project / path, parameters, *sources)
+    if api:  # whose command line names no notebook
+        code = "import papermill, sys; papermill.execute_notebook(sys.stdin.read(), None, "
+        command = [sys.executable, "-c", f"{code}{given!r})"]
+    else:
+        values = [word for key, value in given.items() for word in ("-p", key, str(value))]
+        command = [sys.executable, "-m", "papermill", path, "out.ipynb", *values]
+    plain = dict(os.environ, PYTHONPATH=str(ROOT))
+    for name in ("VQSTUDY_ROOT", "VQSTUDY_WATCH", "VQSTUDY_NOTEBOOK", "JPY_SESSION_NAME"):
+        plain.pop(name, None)
+    options = dict(cwd=project, env=plain | env, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, input=path, **options)
+    left = sorted((project / "data/runs/single").glob("*/record.json"))
+    return done, {file.parent.name: json.loads(file.read_text()) for file in left}
+
+
+def kept(record):
+    past = record["provenance"]
+    return past["notebook_file"], past["notebook_verified"], past["fingerprint"]
+
+
+def test_the_notebook_itself_is_known(project):
+    done, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, steps=9)
+    (name, record), code = *left.items(), cells.fingerprint("walk")
+    assert name == record["cell"] and record["metrics"] == dict(far=3)
+    assert kept(record) == ("nbs/runs/walk.ipynb", True, code)
+    whole = (project / "nbs/runs/walk.ipynb").read_bytes()
+    assert record["provenance"]["notebook_hash"] == cells.digest(whole)
+    assert f"the record goes to data/runs/single/{name}" in (project / "out.ipynb").read_text()
+
+
+EDITED = {
+    "a later cell": (LATE, PARAMETERS),
+    "an earlier cell": (["import math, os", *RUNS[1:]], PARAMETERS),
+    "one cell more": ([*RUNS[:3], "far = 7", RUNS[3]], PARAMETERS),
+    "a cell that sets a parameter after Run": ([*RUNS[:2], "seed = 5", *RUNS[2:]], PARAMETERS),
+    "one cell less": ([RUNS[0], RUNS[1], "far = 1.", RUNS[3]], PARAMETERS),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED)
+@pytest.mark.parametrize("api", [False, True])
+def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
+    sources, declared = EDITED[edit]
+    _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS)
+    (cell, before), code = *left.items(), cells.fingerprint("walk")
+    done, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared, api=api)
+    assert left.pop(cell) == before, done
+    (name, copy), = left.items()
+    assert copy["cell"] == cell and name.startswith(f"{cell}.")
+    file, verified, fingerprint = kept(copy)
+    assert verified is False and fingerprint != code
+    if api:
+        assert (file, copy["provenance"]["notebook_hash"], fingerprint) == (None, None, None)
+    else:
+        assert file == "my_copy.ipynb" and name == f"{cell}.my_copy-edited"
+        assert fingerprint == cells.fingerprint(project / "my_copy.ipynb")
+        whole = (project / "my_copy.ipynb").read_bytes()
+        assert copy["provenance"]["notebook_hash"] == cells.digest(whole)
+
+
+SAME = {
+    "unchanged": (RUNS, PARAMETERS),
+    "comments": ([*RUNS[:3], "# at last\nrun.save(dict(far=far))"], PARAMETERS),
+    "another default": (RUNS, PARAMETERS.replace("steps: int = 3", "steps: int = 4")),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_a_copy_of_the_same_code_is_the_notebook_and_says_its_name(project, change):
+    sources, declared = SAME[change]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
+    _, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared)
+    (name, record), = left.items()
+    assert name == record["cell"]
+    assert kept(record) == ("my_copy.ipynb", True, cells.fingerprint("walk"))
+    assert record["parameters"]["steps"] == (4 if change == "another default" else 3)
+
+
+@pytest.mark.parametrize("name", ["VQSTUDY_NOTEBOOK", "JPY_SESSION_NAME"])
+def test_a_name_that_the_environment_tells_wrongly_is_not_taken(project, name):
+    notebook(project / "nbs/runs/other.ipynb", PARAMETERS, *LATE)
+    env = {name: str(project / "nbs/runs/other.ipynb")}
+    _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, env=env)
+    assert [kept(record)[:2] for record in left.values()] == [("nbs/runs/walk.ipynb", True)]
+
+
+def test_without_a_kernel_nothing_is_known(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    run = study.Run("walk", dict(seed=1, out=""))
+    assert capsys.readouterr().out == f"the record goes to data/runs/single/{run.cell}\n"
+    past = run.save({})["provenance"]
+    assert (past["notebook_file"], past["notebook_hash"], past["notebook_verified"]) == (None,) * 3
+    assert past["fingerprint"] == cells.fingerprint("walk")
+
+
+def test_a_run_outside_the_checkout_says_the_whole_path(
+    project, tmp_path_factory, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    run = study.Run("walk", {})
+    place = project.resolve() / "data/runs/single" / run.cell
+    assert capsys.readouterr().out == f"the record goes to {place}\n"
+
+
+def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
+    notebook(project / "nbs/runs/stroll.ipynb", PARAMETERS, *RUNS)
+    records.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
+    cell = cells.plan("strolls", "desk")[0]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
+    process, line = start(project, *words_for(cell))
+    shown = line + process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "stroll.ipynb calls Run('walk', ...): it must name itself, Run('stroll'" in shown
+
+
+def test_the_wrapper_tells_path_and_hash(project):
+    sources = [*RUNS[:3], "if seed: raise ValueError('no')", RUNS[3]]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
+    whole = cells.digest((project / "nbs/runs/walk.ipynb").read_bytes())
+    for cell in cells.plan("walks", "desk")[:2]:
+        process, line = start(project, *words_for(cell))
+        process.communicate(timeout=60)
+        record = records.found(cell)
+        assert kept(record) == ("nbs/runs/walk.ipynb", True, cell.fingerprint), line
+        assert record["provenance"]["notebook_hash"] == whole
+        assert record["status"] == ("failed" if cell.parameters["seed"] else "done")
+
+
+def test_code_of_another_checkout_is_refused(project):
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, "from vqstudy import checks")
+    ours = (ROOT / "vqstudy/checks.py").read_bytes()
+    records.write(project / "vqstudy/checks.py", ours + b"# x")
+    study.Run("walk", {})  # other in a comment alone
+    records.write(project / "vqstudy/checks.py", "x = 1")
+    with pytest.raises(ValueError, match="is imported, and in the checkout .* checks differ: set PY"):
+        study.Run("walk", {})
+
+
+# ---- the commit ----
+
+
+@pytest.fixture
+def git(project, monkeypatch):
+    "A repository with one commit; nothing was warned of yet."
+    who = dict(NAME="a", EMAIL="a@b.c")
+    for role in ("AUTHOR", "COMMITTER"):
+        for key, value in who.items():
+            monkeypatch.setenv(f"GIT_{role}_{key}", value)
+    records._warn_of_commit.cache_clear()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", str(project), *words], check=True)
+    return project
+
+
+def test_a_commit_is_known(git):
+    known = records.commit()
+    assert len(known["commit"]) == 40
+    assert (known["dirty"], known["commit_unknown"]) == (False, None)
+    records.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
+    assert records.commit()["dirty"] is True
+
+
+def nothing_known(reason):
+    return dict(commit=None, dirty=None, commit_unknown=reason)
+
+
+def test_no_git_is_warned_of_once_and_recorded(git, monkeypatch, recwarn):
+    monkeypatch.setenv("PATH", str(git))
+    assert records.commit() == records.commit() == nothing_known("git is not installed")
+    warned = "the records will name no commit: git is not installed"
+    assert [str(warning.message) for warning in recwarn] == [warned]
+    assert records.provenance("walk", records.now())["commit_unknown"] == "git is not installed"
+
+
+def test_a_commit_that_git_refuses_to_tell_is_warned_of(git, monkeypatch, recwarn):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    reason = "fatal: detected dubious ownership in repository"
+    assert records.commit() == records.commit() == nothing_known(reason)
+    assert len(recwarn) == 1 and "dubious ownership" in str(recwarn[0].message)
+
+
+def test_a_repository_without_a_commit_is_warned_of(project, recwarn):
+    records._warn_of_commit.cache_clear()
+    subprocess.run(["git", "-C", str(project), "init", "-q"], check=True)
+    known = records.commit()
+    assert known["commit"] is None and "HEAD" in known["commit_unknown"] and len(recwarn) == 1
+
+
+def test_no_repository_is_recorded_and_not_warned_of(project, recwarn):
+    assert records.commit() == nothing_known("fatal: not a git repository")
+    assert not recwarn.list
+
+
+def test_the_commit_of_a_repository_around_the_checkout_is_not_ours(git, monkeypatch, recwarn):
+    inner = git / "copy"
+    inner.mkdir()
+    shutil.copy(git / "settings.ini", inner)
+    monkeypatch.setenv("VQSTUDY_ROOT", str(inner))
+    assert records.commit() == nothing_known("the checkout lies in another git repository")
+    assert not recwarn.list
 
 
 # ---- what a study would do ----

@@ -14,21 +14,83 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Iterator
-from .cells import SCALES, Cell, cell_id, check, digest, fingerprint, notebook_path
-from .cells import parameters, plan, root, sweep, sweeps
+import vqstudy
+from .cells import SCALES, Cell, cell_id, check, digest, fingerprint, foreign_modules
+from .cells import notebook_path, parameters, plan, root, sweep, sweeps
 from .checks import one_of
 from .processes import Guard, adopt, end_children, engine, gpu, gpus, redirected, slots
 from .processes import keep_caches, wants_gpu
-from .records import collect, found, in_results, locked, make_record, memory, now
+from .records import Source, collect, commit, found, in_results, locked, make_record
+from .records import memory, now
 from .records import provenance, read_record, read_table, results_folder, save_record
 from .records import state, write
 from .tuning import choice, declared
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
+def _refuse_foreign(notebook: str | Path) -> None:
+    "Raise ValueError where what is imported is not what the fingerprint would be read from."
+    if foreign := foreign_modules(notebook):
+        package, checkout = Path(vqstudy.__file__).parent, root()
+        names = ", ".join(foreign)
+        differ = f"{package} is imported, and in the checkout {checkout} {names} differ"
+        raise ValueError(f"{differ}: set PYTHONPATH={checkout}, or `pip install -e` that checkout")
+
+
+def _shown(folder: Path) -> str:
+    "A folder for a reader: relative where it lies below the working folder."
+    return str(folder.resolve() if str(folder).startswith("..") else folder)
+
+# %% ../nbs/lib/11_study.ipynb #53f89033
+class _Place:
+    "Which notebook runs, by which code, and where its record goes. Raises ValueError."
+
+    def __init__(self, notebook: str | Path, cell: str, namespace: dict[str, Any]):
+        self.cell = cell
+        self.given = namespace.get("out")
+        self.source = Source(notebook, namespace)
+        self.alone = "VQSTUDY_WATCH" not in os.environ
+        path, same = self.source.found()
+        if not self.alone and path and path.stem != Path(notebook).stem:
+            wanted = f"it must name itself, Run({path.stem!r}, globals())"
+            raise ValueError(f"{path.name} calls Run({str(notebook)!r}, ...): {wanted}")
+        _refuse_foreign(notebook)
+        self._code = fingerprint(notebook)  # of now: the files may change while this runs
+        self._others = fingerprint(path) if path and same is False else None
+
+    def code(self) -> str | None:
+        "The fingerprint of what runs; None where it is not the named notebook, nor known."
+        return self._others if self.source.found()[1] is False else self._code
+
+    def folder(self) -> Path:
+        "Where the record goes: an edited copy's not where the notebook's own goes."
+        if self.given:
+            return Path(self.given)
+        path, same = self.source.found()
+        name = self.cell
+        if same is False:
+            name += f".{path.stem}-edited" if path else ".edited"
+        return Path(os.path.relpath(root() / "data" / "runs" / "single" / name))
+
+    def begin(self) -> None:
+        "Say where the record of a run by hand goes; end one of the wrapper with the wrapper."
+        if self.alone:
+            print(f"the record goes to {_shown(self.folder())}")
+        else:
+            Guard([int(pid) for pid in os.environ["VQSTUDY_WATCH"].split()])
+
+    def checkpoint(self) -> Path:
+        "Its file, named by cell and code: of code that is not known none is taken up."
+        key = digest(self.cell + (self.code() or str(time.time_ns())))[:12]
+        # under the wrapper `out` is new each time, and its parent stays
+        folder = self.folder() if self.alone else self.folder().parent
+        return folder / f"checkpoint-{key}.pt"
+
+# %% ../nbs/lib/11_study.ipynb #238b7034
 class Run:
     """One run of a notebook: `.cell`, `.parameters`, `.out`, `.checkpoint`, `.deadline`.
 
-    out, checkpoint: paths; deadline: Unix time or None. Raises as `check` does.
+    out, checkpoint: paths; deadline: Unix time or None. Raises as `check` does, and ValueError
+    where another vqstudy is imported than that of the checkout.
     """
 
     def __init__(self, notebook: str, namespace: dict[str, Any]):
@@ -39,17 +101,11 @@ class Run:
         self.cell = cell_id(notebook, self.parameters)
         self.started = now()
         self._start = time.monotonic()
-        self._code = fingerprint(notebook)  # of now: the files may change while this runs
-        alone = os.path.relpath(root() / "data" / "runs" / "single" / self.cell)
-        self.out = Path(namespace.get("out") or alone)
-        watched = os.environ.get("VQSTUDY_WATCH")
-        key = digest(self.cell + self._code)[:12]
-        # under the wrapper `out` is new each time, and its parent stays
-        folder = self.out if watched is None else self.out.parent
-        self.checkpoint = folder / f"checkpoint-{key}.pt"
+        self._place = _Place(notebook, self.cell, namespace)
+        self.out = self._place.folder()
+        self.checkpoint = self._place.checkpoint()
         self.deadline = _deadline() if os.environ.get("VQSTUDY_DEADLINE") else None
-        if watched is not None:
-            Guard([int(pid) for pid in watched.split()])
+        self._place.begin()
 
     def save(
         self,
@@ -61,8 +117,13 @@ class Run:
     ) -> dict[str, Any]:
         "Write the record into `out` and return it. Raises as `make_record` does."
         spent = {"seconds": round(time.monotonic() - self._start, 3)} | memory() | cost
-        past = provenance(self.notebook, self.started) | dict(fingerprint=self._code)
+        past = provenance(self.notebook, self.started) | self._place.source.provenance()
+        past["fingerprint"] = self._place.code()
         record = make_record(self.cell, self.parameters, past, status, metrics, spent)
+        if self._place.folder() != self.out:
+            self.out = self._place.folder()
+            edited = f"the cells that ran are not those of {self.notebook}"
+            print(f"{edited}: the record goes to {_shown(self.out)}")
         save_record(self.out, record, history, samples)
         self.checkpoint.unlink(missing_ok=True)
         return record
@@ -81,6 +142,9 @@ def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str
     adopt()
     Guard(watched)
     os.environ["VQSTUDY_WATCH"] = " ".join(str(pid) for pid in [*watched, os.getpid()])
+    name = Path(os.path.relpath(source, root())).as_posix()
+    told = dict(VQSTUDY_NOTEBOOK=name, VQSTUDY_NOTEBOOK_HASH=digest(source.read_bytes()))
+    os.environ |= told
     target = folder / "notebook.ipynb"
     with redirected(folder / "log.txt") as log:
         options = dict(cwd=root(), start_timeout=180, stdout_file=log, stderr_file=log)
@@ -121,7 +185,8 @@ def _wrappers_record(
     cell: Cell, status: str, error: tuple[str, str], started: str, seconds: float
 ) -> dict[str, Any]:
     "The record that the wrapper writes for a notebook that could not."
-    past = provenance(cell.notebook, started) | dict(fingerprint=cell.fingerprint)
+    past = provenance(cell.notebook, started)
+    past |= dict(fingerprint=cell.fingerprint, notebook_verified=True)  # it ran the file itself
     cost = dict(seconds=round(seconds, 3))
     text = ": ".join(error)
     return make_record(cell.id, cell.parameters, past, status, cost=cost, error=text)
