@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, records, study, tuning
+from vqstudy import cells, processes, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -664,7 +664,7 @@ def test_code_of_another_checkout_is_refused(project):
     records.write(project / "vqstudy/checks.py", ours + b"# x")
     study.Run("walk", {})  # other in a comment alone
     records.write(project / "vqstudy/checks.py", "x = 1")
-    with pytest.raises(ValueError, match="is imported, and in the checkout .* checks differ: set PY"):
+    with pytest.raises(ValueError, match="imported, and in the checkout .* checks differ: set PY"):
         study.Run("walk", {})
 
 
@@ -844,6 +844,33 @@ def test_waiting_ends_with_the_time_budget(project):
         shown, _ = process.communicate(timeout=30)
     assert "waits for another study" in line
     assert process.returncode == study.OUT_OF_TIME and shown == "" and not cell.work.exists()
+
+
+HOMES = ["/dev/null/home", "", None]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_run_without_a_home_folder_keeps_its_caches_in_the_checkout(project, home):
+    names = ("XDG_CACHE_HOME", *processes.CACHES)
+    env = {key: value for key, value in os.environ.items() if key not in ("HOME", *names)}
+    if home is not None:
+        env["HOME"] = home
+    code = "import os\nfrom vqstudy.processes import keep_caches\nkeep_caches()\nprint("
+    code += "*(os.environ[name] for name in " + repr(names) + "), sep='\\n')"
+    command = [sys.executable, "-c", code]
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    folders = done.stdout.splitlines()
+    assert len(folders) == len(names), done.stderr
+    assert all(folder.startswith(f"{project}/data/runs/.cache") for folder in folders)
+
+
+def test_a_home_that_takes_caches_has_them(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = dict(os.environ)
+    processes.keep_caches()
+    assert dict(os.environ) == before
 
 
 def test_a_figure_that_another_study_draws_is_waited_for(project):

@@ -11,7 +11,7 @@ import ctypes, os, subprocess, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, TextIO
-from .cells import Cell
+from .cells import Cell, root
 from .records import locked
 
 if TYPE_CHECKING:
