@@ -22,7 +22,7 @@ try:
     BUDGET = study.option("BUDGET", config.get("budget"))
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
-except (ValueError, TypeError, FileNotFoundError) as error:
+except study.REFUSALS as error:
     sys.exit(f"refused, nothing was run: {error}")
 if {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
     print(study.overview(SWEEPS, SCALE, MISSING))

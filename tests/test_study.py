@@ -896,6 +896,86 @@ def test_options_of_make_are_numbers(name, given, worse):
     assert [study.option(name, value) for value in (None, "", 0, "1")] == [0, 0, 0, 1]
 
 
+# ---- errors that a user can cause ----
+
+
+def broken_notebook(project, content):
+    records.write(project / "nbs/runs/walk.ipynb", content)
+
+
+def damaged_notes(project, content):
+    run(cells.plan("walks", "desk")[0], 0.5)
+    table = records.collect("walks", "desk")
+    table.with_suffix(".json").write_text(content)
+
+
+def figures_of_walks(project, content):
+    records.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
+
+
+MISTAKES = [
+    (broken_notebook, "", "walks.yaml: walk.ipynb is no notebook, or a damaged one"),
+    (broken_notebook, "[]", "walks.yaml: walk.ipynb is no notebook, or a damaged one"),
+    (broken_notebook, "{}", "walk.ipynb is no notebook, or a damaged one (KeyError: 'cells')"),
+    (broken_notebook, '{"cells": [{}]}', "damaged one (KeyError: 'cell_type')"),
+    (figures_of_walks, "figures: [strolls]", "walks.yaml: figures: notebook 'strolls': there is no"),
+]
+
+
+@pytest.mark.parametrize("make, content, why", MISTAKES)
+def test_a_mistake_is_told_in_one_line(project, capsys, make, content, why):
+    make(project, content)
+    assert study.main(["plan", "--scale", "desk"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("study: ") and why in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "<<<<<<< HEAD"])
+def test_damaged_notes_are_named(project, capsys, content):
+    damaged_notes(project, content)
+    assert study.main(["collect", "--scale", "desk"]) == 2
+    assert "study: data/results/walks.json is damaged (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5"])
+def test_slots_are_one_or_more(monkeypatch, given):
+    monkeypatch.setenv("VQSTUDY_GPU_SLOTS", given)
+    with pytest.raises(ValueError, match=f"VQSTUDY_GPU_SLOTS must be 1 or more, got '{given}'"):
+        processes.slots()
+
+
+def test_a_root_that_is_none_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    assert study.main(["plan"]) == 2
+    expected = f"study: VQSTUDY_ROOT = {tmp_path} is no vqstudy repository\n"
+    assert capsys.readouterr().err == expected
+
+
+OBSTACLES = [PermissionError(13, "Permission denied", "data/runs"), OSError(28, "No space left")]
+OBSTACLES += [ModuleNotFoundError("No module named 'yaml'")]
+
+
+@pytest.mark.parametrize("error", OBSTACLES)
+def test_what_a_machine_lacks_is_told_in_one_line(project, monkeypatch, capsys, error):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(study, "overview", fails)
+    assert study.main(["plan"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"study: {error}")
+    assert ("make setup" in said) == isinstance(error, ImportError)
+
+
+def test_a_metric_that_no_record_has_is_told(project):
+    sources = ["from vqstudy.study import Run\nRun('walk', globals()).save(dict(near=1, far=2))"]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
+    figures_of_walks(project, "metric: fa")
+    process, line = start(project, *words_for(cells.plan("walks", "desk")[0]))
+    assert process.wait(60) == 0
+    assert "no value of 'fa' (the sweep's metric); there are: far, near  " in line
+
+
 # ---- data sets that are not here ----
 
 

@@ -33,6 +33,8 @@ def root() -> Path:
     for place in places:
         if _is_repository(place):
             return place
+    if given:
+        raise FileNotFoundError(f"VQSTUDY_ROOT = {given} is no vqstudy repository")
     advice = "work inside one, or name it in VQSTUDY_ROOT"
     raise FileNotFoundError(f"no vqstudy repository at {places[0]} or above it: {advice}")
 
@@ -59,10 +61,19 @@ def notebook_path(notebook: str | Path) -> Path:
     return path
 
 
+def _code_cells(path: Path) -> list[dict[str, Any]]:
+    "The code cells of a notebook. Raises ValueError for a file that is none."
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [cell for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path.name} is no notebook, or a damaged one ({reason})") from None
+
+
 def _sources(path: Path, tag: str = "") -> list[str]:
     "The sources of a notebook's code cells, or of those with a tag."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = _code_cells(path)
     if tag:
         code = [cell for cell in code if tag in cell["metadata"].get("tags", [])]
     return ["".join(cell["source"]) for cell in code]
@@ -319,8 +330,7 @@ def source_digest(cell: str) -> str:
 
 def cell_codes(path: Path) -> list[str]:
     "`source_digest` of every cell of a notebook that has code and does not set parameters."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = _code_cells(path)
     sets = {"parameters", "injected-parameters"}
     own = [cell for cell in code if not sets & set(cell["metadata"].get("tags", []))]
     found = [source_digest("".join(cell["source"])) for cell in own]

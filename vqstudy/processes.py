@@ -117,8 +117,11 @@ def gpus() -> list[str]:
 
 
 def slots() -> int:
-    "How many cells may share a GPU."
-    return int(os.environ.get("VQSTUDY_GPU_SLOTS", 1))
+    "How many cells may share a GPU. Raises ValueError unless it is 1 or more."
+    given = os.environ.get("VQSTUDY_GPU_SLOTS") or "1"
+    if not given.isdecimal() or int(given) < 1:  # with 0 every cell would wait for ever
+        raise ValueError(f"VQSTUDY_GPU_SLOTS must be 1 or more, got {given!r}")
+    return int(given)
 
 # %% ../nbs/lib/10d_processes.ipynb #23ebd505
 def _take_slot(stack: ExitStack) -> str | None:

@@ -232,7 +232,7 @@ class Source:
         for path in [*told, self.named]:
             try:
                 codes = cell_codes(path)
-            except (OSError, ValueError, KeyError):  # told, and no notebook
+            except (OSError, ValueError):  # told, and no notebook
                 continue
             self._codes[path], self._hashes[path] = codes, digest(path.read_bytes())
 
@@ -501,7 +501,12 @@ def _read_notes(path: Path) -> dict[str, Any]:
     "What stands beside a table: provenance by scale and cell, the columns by kind, the pictures."
     if not path.is_file():
         return dict(cells={}, columns={}, samples={})
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        where = path.relative_to(root())
+        advice = f"`git checkout {where}` brings back the committed one"
+        raise ValueError(f"{where} is damaged ({error}): {advice}") from None
 
 
 def collect(name: str, scale: str) -> Path:

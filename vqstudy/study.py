@@ -227,6 +227,9 @@ def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: fl
     value = record["metrics"].get(cell.metric)
     if value is not None:
         words.append(f"{cell.metric} {value:.4g}")
+    elif cell.metric and record["status"] == "done":
+        known = ", ".join(name for name, x in record["metrics"].items() if x is not None)
+        words.append(f"no value of {cell.metric!r} (the sweep's metric); there are: {known}")
     if record["status"] == "done":
         shutil.rmtree(cell.work)  # of a run that diverged the checkpoint is kept
     else:
@@ -461,12 +464,22 @@ def chosen(names: str, scale: str) -> list[str]:
     return list(dict.fromkeys(named)) or sweeps(scale)
 
 
+def _check_figures(name: str) -> None:
+    "Raise FileNotFoundError, naming the sweep, for a figure of it that is not there."
+    for stem in sweep(name)["figures"]:
+        try:
+            _figure_path(stem)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}.yaml: figures: {error}") from None
+
+# %% ../nbs/lib/11_study.ipynb #c3386c35
 def todo(
     names: list[str], scale: str, missing: bool = False
 ) -> tuple[list[Cell], list[str], list[str]]:
     "Cells to run, sweeps to collect, figures to draw. Raises what `plan` raises."
     cells, tables, figures = [], [], []
     for name in names:
+        _check_figures(name)  # or it would be found missing after all cells have run
         planned = plan(name, scale)
         rows = in_results(planned)
         done = {cell.id for cell in planned if state(cell) == "done"}
@@ -650,8 +663,7 @@ def _obey(given: argparse.Namespace) -> int:
 
 
 # what a user can mend; anything else is a fault of this project and shows its traceback
-REFUSALS = (ValueError, TypeError, RuntimeError, FileNotFoundError, TimeoutError)
-REFUSALS += (ProcessLookupError,)
+REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -662,7 +674,9 @@ def main(words: list[str] | None = None) -> int:
             keep_caches()
         return _obey(given)
     except REFUSALS as error:
-        print(f"study: {error}", file=sys.stderr)
+        lacks = isinstance(error, ModuleNotFoundError)
+        advice = ": `make setup`, or pip install -e '.[study]'" if lacks else ""
+        print(f"study: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
