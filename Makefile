@@ -3,23 +3,57 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # VENV=none uses the python at hand instead of a .venv of the project's own
 VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+  $(error VENV takes a path without blanks (the checkout's own may have some), got '$(VENV)')
+endif
 ifeq ($(VENV),none)
   BIN :=
-  READY :=
+  READY := at-hand
 else
   BIN := $(VENV)/bin/
   READY := $(VENV)/.ready
 endif
 
-.PHONY: help setup test lab readme execute
+
+# caches go into data/runs where the home folder takes none (a container's, another user's)
+TAKES_CACHES := $(shell for f in "$${XDG_CACHE_HOME:-$$HOME/.cache}" "$$HOME"; do \
+  if test -e "$$f"; then test -d "$$f" -a -w "$$f" && echo yes; break; fi; done)
+ifneq ($(TAKES_CACHES),yes)
+  export XDG_CACHE_HOME := $(CURDIR)/data/runs/.cache
+  export MPLCONFIGDIR ?= $(XDG_CACHE_HOME)/matplotlib
+  export IPYTHONDIR ?= $(XDG_CACHE_HOME)/ipython
+  export JUPYTER_DATA_DIR ?= $(XDG_CACHE_HOME)/jupyter
+  export JUPYTER_CONFIG_DIR ?= $(XDG_CACHE_HOME)/jupyter
+  export TRITON_CACHE_DIR ?= $(XDG_CACHE_HOME)/triton
+endif
+
+# `$(call fitting,PROGRAM)` is empty if that is a Python that setup.py takes, else what it is instead
+FOUND = import sys; print(*sys.version_info[:3], sep='.', end=' at '); print(sys.executable)
+fitting = $(filter-out 3.11.% 3.12.% 3.13.%,$(firstword $(call found,$(1))))
+found = $(or $(shell "$(1)" -c "$(FOUND)" 2>/dev/null),no $(1))
+NEEDED := Python 3.11 to 3.13 is needed
+
+.PHONY: help setup test lab readme execute at-hand
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv and install everything (VENV=none: nothing to do)
 
+# these are empty or an error: a recipe's lines are expanded before the first of them runs
+python_fits = $(if $(call fitting,$(PYTHON)),$(error $(NEEDED), found $(call found,$(PYTHON)): \
+  make setup PYTHON=python3.11))
+venv_fits = $(if $(call fitting,$(VENV)/bin/python),$(error $(NEEDED), $(VENV) has \
+  $(call found,$(VENV)/bin/python): remove it (rm -r $(VENV)), then make setup PYTHON=python3.11))
+at_hand_fits = $(if $(call fitting,python),$(error $(NEEDED), found $(call found,python): \
+  with VENV=none the first `python` of PATH is used))
+
+at-hand:
+	$(at_hand_fits)
+
 # made again only when what it is made from changes
 $(VENV)/.ready: settings.ini constraints.txt setup.py pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(if $(wildcard $(VENV)/bin/python),$(venv_fits),$(python_fits))
+	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study,dev]'
 	touch $@
 

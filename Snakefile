@@ -15,20 +15,21 @@ from vqstudy import study
 from snakemake.logging import logger
 
 SCALE = str(config.get("scale", "smoke"))
-MISSING = bool(int(config.get("missing") or 0))
 PYTHON = sys.executable
 FLAGS = "data/runs/.engine"
 try:
+    MISSING = study.option("MISSING", config.get("missing")) != 0
+    BUDGET = study.option("BUDGET", config.get("budget"))
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
-except (ValueError, TypeError, FileNotFoundError) as error:
+except study.REFUSALS as error:
     sys.exit(f"refused, nothing was run: {error}")
 if {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
     print(study.overview(SWEEPS, SCALE, MISSING))
 if workflow.is_main_process:
     os.environ["VQSTUDY_ENGINE"] = str(os.getpid())
-    if config.get("budget"):
-        os.environ["VQSTUDY_DEADLINE"] = str(time.time() + float(config["budget"]))
+    if BUDGET:
+        os.environ["VQSTUDY_DEADLINE"] = str(time.time() + BUDGET)
 
 CALL = f"{FLAGS}/{time.time_ns()}-{os.getpid()}"
 BY_ID = {cell.id: cell for cell in CELLS}
@@ -82,22 +83,24 @@ rule cell:
     resources: gpu=lambda wildcards: int(study.wants_gpu(BY_ID[wildcards.cell]))
     params: sweep=lambda wildcards: BY_ID[wildcards.cell].sweep
     shell:
-        "{PYTHON} -m vqstudy.study cell --scale {SCALE}"
-        " --sweep {params.sweep} --cell {wildcards.cell}"
+        "{PYTHON:q} -m vqstudy.study cell --scale {SCALE:q}"
+        " --sweep {params.sweep:q} --cell {wildcards.cell:q}"
 
 
 rule table:
     input: sweep_cells
     output: touch("{call}/table/{sweep}")
     localrule: True
-    shell: "{PYTHON} -m vqstudy.study collect --scale {SCALE} --sweep {wildcards.sweep} > /dev/null"
+    shell:
+        "{PYTHON:q} -m vqstudy.study collect --scale {SCALE:q}"
+        " --sweep {wildcards.sweep:q} > /dev/null"
 
 
 rule figure:
     input: figure_inputs
     output: touch("{call}/figure/{figure}")
     localrule: True
-    shell: "{PYTHON} -m vqstudy.study draw --scale {SCALE} {wildcards.figure}"
+    shell: "{PYTHON:q} -m vqstudy.study draw --scale {SCALE:q} {wildcards.figure:q}"
 
 
 def leave():
@@ -106,6 +109,11 @@ def leave():
 
 
 onstart:
+    # on a cluster the nodes may have what this machine has not
+    if workflow.local_exec and (lacks := study.lacking(CELLS)):
+        sys.exit(f"refused, nothing was run: {lacks}")
+    if reason := study.commit()["commit_unknown"]:
+        print(f"the records will name no commit: {reason}", file=sys.stderr, flush=True)
     if workflow.local_exec and any(map(study.wants_gpu, CELLS)) and not study.gpus():
         reason = f"the cells want a GPU (scale {SCALE}) and there is none"
         sys.exit(f"refused, nothing was run: {reason}")

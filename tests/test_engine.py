@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 import psutil
 import pytest
@@ -72,11 +74,20 @@ def walk(method, seed):
 """
 
 
+def own_venv(folder):
+    "A .venv that is ready, with the packages of the Python that runs this test."
+    venv.create(folder, symlinks=True)
+    library = Path(sysconfig.get_path("purelib", vars=dict(base=str(folder))))
+    (library / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    (folder / ".ready").touch()
+
+
 class Project:
     "A small project in a folder, and the commands of its Makefile."
 
     def __init__(self, folder, **sweeps):
-        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.folder, self.venv = folder, "VENV=none"
         for name in ("settings.ini", "Snakefile", "Makefile"):
             shutil.copy(ROOT / name, folder)
         no_cache = shutil.ignore_patterns("__pycache__")
@@ -100,7 +111,7 @@ class Project:
 
     def make(self, *words):
         "Run one command to its end; returns the exit code and what it printed."
-        command = ["make", "VENV=none", "CORES=2", *words]
+        command = ["make", self.venv, "CORES=2", *words]
         where = dict(cwd=self.folder, env=self.env)
         done = subprocess.run(command, **where, capture_output=True, text=True, timeout=180)
         return done.returncode, done.stdout + done.stderr
@@ -108,7 +119,7 @@ class Project:
     def start(self, cores):
         "Start the engine itself, as `make study` would; the log goes to a file."
         where = dict(cwd=self.folder, env=self.env)
-        command = ["make", "-n", "VENV=none", f"CORES={cores}", "study"]
+        command = ["make", "-n", self.venv, f"CORES={cores}", "study"]
         shown = subprocess.run(command, **where, capture_output=True, text=True)
         with open(self.folder / "engine.log", "w") as log:
             engine = f"exec {shown.stdout}"
@@ -229,17 +240,25 @@ def test_kill_engine_wrapper_kernel(tmp_path):
     assert figure.stat().st_mtime_ns == drawn, "a second call drew the figure"
 
 
-def test_failing_cell_then_changed_module(tmp_path):
+def test_failing_cell_then_changed_module_in_a_folder_with_blanks(tmp_path):
     grid = "grid: {method: [quick, bad]}, scales: {smoke: {}}"
     walks = f"{{notebook: walk, metric: distance, figures: [walks], {grid}}}"
     talks = "{notebook: talk, seeds: [0, 1], scales: {smoke: {}}}"
+    # a folder with blanks and a quote, its own .venv, and a home that takes no caches
+    tmp_path = tmp_path / "a b's"
     project = Project(tmp_path, walks=walks, talks=talks)
+    project.venv = "VENV=.venv"
+    project.env["HOME"] = "/dev/null/home"
+    for name in ("setup.py", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    own_venv(tmp_path / ".venv")
     code, shown = project.make("dry-run")
     assert code == 0 and "4 of 4 cells would run" in shown, shown
     assert "predicted machine time: unknown" in shown and not (tmp_path / "data/runs").exists()
 
     code, shown = project.make("study")
-    assert code != 0 and project.methods() == ["quick", "talk", "talk"]
+    assert code != 0 and project.methods() == ["quick", "talk", "talk"], shown
+    assert (tmp_path / "data/runs/.cache").is_dir()
     failed = re.search(r"FAILED: KeyError: 'no way'\n  notebook (.*)\n  log      (.*)\n", shown)
     assert failed and all((tmp_path / path).is_file() for path in failed.groups()), shown
     assert "3 of 4 cells done" in shown
@@ -297,6 +316,18 @@ def test_refused_before_anything_runs(tmp_path):
     code, shown = project.make("study")
     assert code != 0 and why in shown and "Traceback" not in shown, shown
     assert "refused, nothing was run" in shown and not (tmp_path / "data").exists()
+    # the plan may be made without the images, the study not
+    parameters = f"{TALK[0]}\ndataset: str = 'photos'"
+    notebook(tmp_path / "nbs/runs/talk.ipynb", parameters, *TALK[1:])
+    project.sweep("wrong", "{notebook: talk, fixed: {dataset: cifar10}, scales: {smoke: {}}}")
+    code, shown = project.make("dry-run")
+    assert code == 0 and "2 of 2 cells would run" in shown, shown
+    code, shown = project.make("study")
+    assert code != 0 and "nothing was run: 1 of 2 cells need cifar10" in shown, shown
+    assert 'Without them: SWEEP="talks"' in shown and "Traceback" not in shown
+    assert not (tmp_path / RECORDS).exists()
+    code, shown = project.make("study", "BUDGET=10m")
+    assert code != 0 and "BUDGET takes seconds" in shown and "Traceback" not in shown, shown
 
 
 def test_time_budget(tmp_path):
@@ -312,3 +343,89 @@ def test_time_budget(tmp_path):
     code, shown = project.make("resume", "CORES=1")
     assert code == 0 and "3 of 3 cells done" in shown, shown
     assert sorted(row["resumed"] for row in project.rows()) == ["False", "False", "True"]
+
+
+# ---- which Python ----
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "What `make setup` reads, and a Python of some version, which does nothing but say so."
+    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def says(path, version):
+    "A program that says it is this Python, and notes that it was asked for anything else."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    asked = f"case $2 in import*) echo {version} at $0;; *) echo $@ >> $0.ran; exit 9;; esac"
+    path.write_text(f"#!/bin/sh\n{asked}\n")
+    path.chmod(0o755)
+    return path
+
+
+def make(folder, *words, **env):
+    "One command of the Makefile: its exit code and what it printed."
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", *words]
+    where = dict(cwd=folder, env=kept | env, capture_output=True, text=True)
+    done = subprocess.run(command, **where)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.7.18", "3.1.1", "3.10.13", "3.14.0"])
+def test_another_python_makes_no_venv(checkout, version):
+    python = says(checkout / "some where/python3", version)
+    code, shown = make(checkout, "setup", f"PYTHON={python}")
+    found = f"found {version} at {python}: make setup PYTHON=python3.11"
+    wanted = f"Python 3.11 to 3.13 is needed, {found}"
+    assert code and wanted in shown and len(shown.splitlines()) == 1, shown
+    assert not (checkout / ".venv").exists() and not Path(f"{python}.ran").exists()
+
+
+def test_no_python_at_all_is_said(checkout):
+    code, shown = make(checkout, "setup", "PYTHON=nowhere/python")
+    assert code and "found no nowhere/python" in shown and not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("command", ["setup", "study", "lab", "figures"])
+def test_a_venv_of_another_python_is_not_taken_for_ready(checkout, command):
+    inside = says(checkout / ".venv/bin/python", "3.10.13")
+    code, shown = make(checkout, command)
+    assert code and "needed, .venv has 3.10.13 at" in shown and "rm -r .venv" in shown, shown
+    assert not (checkout / ".venv/.ready").exists() and not Path(f"{inside}.ran").exists()
+
+
+def test_another_python_at_hand_is_refused(checkout):
+    says(checkout / "bin/python", "3.10.13")
+    path = f"{checkout}/bin{os.pathsep}{os.environ['PATH']}"
+    code, shown = make(checkout, "study", "VENV=none", PATH=path)
+    assert code and "found 3.10.13 at" in shown and "VENV=none" in shown, shown
+
+
+@pytest.mark.parametrize("version", ["3.11.0", "3.12.4", "3.13.9"])
+def test_the_pythons_of_setup_py_are_taken(checkout, version):
+    python = says(checkout / "python", version)
+    code, shown = make(checkout, "setup", f"PYTHON={python}")
+    assert code and Path(f"{python}.ran").read_text() == "-m venv .venv\n", shown
+    config = (checkout / "settings.ini").read_text() + (checkout / "setup.py").read_text()
+    assert "min_python = 3.11" in config and "<3.14" in config, "the Makefile names these too"
+
+
+def test_a_venv_folder_with_blanks_is_refused(checkout):
+    code, shown = make(checkout, "setup", "VENV=my venv")
+    assert code and "VENV takes a path without blanks" in shown
+
+
+@pytest.mark.parametrize("home, kept", [("/dev/null/home", False), (None, True)])
+def test_caches_go_where_files_can_be_written(checkout, home, kept):
+    makefile = (checkout / "Makefile").read_text()
+    names = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+    show = f"\nshow: ; @printenv {' '.join(names)} || true\n"
+    (checkout / "Makefile").write_text(makefile + show)
+    unset = ["env", *(f"-u{name}" for name in names), f"HOME={home or checkout}"]
+    done = subprocess.run([*unset, "make", "show"], cwd=checkout, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines == [] if kept else len(lines) == 4, done
+    assert all(line.startswith(f"{checkout}/data/runs/.cache") for line in lines)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 import nbformat
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, records, study, tuning
+from vqstudy import cells, processes, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -414,7 +415,8 @@ def test_keys_of_a_record_and_of_its_row(project):
     record = json.loads((cell.folder / "record.json").read_text())
     assert list(record) == ["cell", "cost", "metrics", "parameters", "provenance", "status"]
     past = records.provenance("walk", records.now())
-    code = ["fingerprint", "notebook", "commit", "dirty", "versions"]
+    code = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
+    code += ["commit", "dirty", "commit_unknown", "versions"]
     assert list(past) == [*code, "device", "threads", "sweep", "scale", "started", "finished"]
 
 
@@ -514,6 +516,222 @@ def test_the_picture_of_a_cell_no_longer_planned_gives_way(figured):
         assert sorted(note["rank"][1] for note in kept.values()) == lowest
 
 
+# ---- which notebook really ran ----
+
+RUNS = [
+    "import math",
+    "from vqstudy.study import Run\nrun = Run('walk', globals())  # of a walk",
+    "far = math.sqrt(run.parameters['steps'])",
+    "run.save(dict(far=far))",
+]
+LATE = [*RUNS[:2], "far = 2 * math.sqrt(run.parameters['steps'])", RUNS[3]]
+
+
+def papermill(project, path, *sources, api=False, env={}, parameters=PARAMETERS, **given):
+    "Run a notebook by plain papermill: what it printed, and the records by their folders' names."
+    notebook(project / path, parameters, *sources)
+    if api:  # whose command line names no notebook
+        code = "import papermill, sys; papermill.execute_notebook(sys.stdin.read(), None, "
+        command = [sys.executable, "-c", f"{code}{given!r})"]
+    else:
+        values = [word for key, value in given.items() for word in ("-p", key, str(value))]
+        command = [sys.executable, "-m", "papermill", path, "out.ipynb", *values]
+    plain = dict(os.environ, PYTHONPATH=str(ROOT))
+    for name in ("VQSTUDY_ROOT", "VQSTUDY_WATCH", "VQSTUDY_NOTEBOOK", "JPY_SESSION_NAME"):
+        plain.pop(name, None)
+    options = dict(cwd=project, env=plain | env, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, input=path, **options)
+    left = sorted((project / "data/runs/single").glob("*/record.json"))
+    return done, {file.parent.name: json.loads(file.read_text()) for file in left}
+
+
+def kept(record):
+    past = record["provenance"]
+    return past["notebook_file"], past["notebook_verified"], past["fingerprint"]
+
+
+def test_the_notebook_itself_is_known(project):
+    done, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, steps=9)
+    (name, record), code = *left.items(), cells.fingerprint("walk")
+    assert name == record["cell"] and record["metrics"] == dict(far=3)
+    assert kept(record) == ("nbs/runs/walk.ipynb", True, code)
+    whole = (project / "nbs/runs/walk.ipynb").read_bytes()
+    assert record["provenance"]["notebook_hash"] == cells.digest(whole)
+    assert f"the record goes to data/runs/single/{name}" in (project / "out.ipynb").read_text()
+
+
+EDITED = {
+    "a later cell": (LATE, PARAMETERS),
+    "an earlier cell": (["import math, os", *RUNS[1:]], PARAMETERS),
+    "one cell more": ([*RUNS[:3], "far = 7", RUNS[3]], PARAMETERS),
+    "a cell that sets a parameter after Run": ([*RUNS[:2], "seed = 5", *RUNS[2:]], PARAMETERS),
+    "one cell less": ([RUNS[0], RUNS[1], "far = 1.", RUNS[3]], PARAMETERS),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED)
+@pytest.mark.parametrize("api", [False, True])
+def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
+    sources, declared = EDITED[edit]
+    _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS)
+    (cell, before), code = *left.items(), cells.fingerprint("walk")
+    done, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared, api=api)
+    assert left.pop(cell) == before, done
+    (name, copy), = left.items()
+    assert copy["cell"] == cell and name.startswith(f"{cell}.")
+    file, verified, fingerprint = kept(copy)
+    assert verified is False and fingerprint != code
+    if api:
+        assert (file, copy["provenance"]["notebook_hash"], fingerprint) == (None, None, None)
+    else:
+        assert file == "my_copy.ipynb" and name == f"{cell}.my_copy-edited"
+        assert fingerprint == cells.fingerprint(project / "my_copy.ipynb")
+        whole = (project / "my_copy.ipynb").read_bytes()
+        assert copy["provenance"]["notebook_hash"] == cells.digest(whole)
+
+
+SAME = {
+    "unchanged": (RUNS, PARAMETERS),
+    "comments": ([*RUNS[:3], "# at last\nrun.save(dict(far=far))"], PARAMETERS),
+    "another default": (RUNS, PARAMETERS.replace("steps: int = 3", "steps: int = 4")),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_a_copy_of_the_same_code_is_the_notebook_and_says_its_name(project, change):
+    sources, declared = SAME[change]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
+    _, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared)
+    (name, record), = left.items()
+    assert name == record["cell"]
+    assert kept(record) == ("my_copy.ipynb", True, cells.fingerprint("walk"))
+    assert record["parameters"]["steps"] == (4 if change == "another default" else 3)
+
+
+@pytest.mark.parametrize("name", ["VQSTUDY_NOTEBOOK", "JPY_SESSION_NAME"])
+def test_a_name_that_the_environment_tells_wrongly_is_not_taken(project, name):
+    notebook(project / "nbs/runs/other.ipynb", PARAMETERS, *LATE)
+    env = {name: str(project / "nbs/runs/other.ipynb")}
+    _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, env=env)
+    assert [kept(record)[:2] for record in left.values()] == [("nbs/runs/walk.ipynb", True)]
+
+
+def test_without_a_kernel_nothing_is_known(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    run = study.Run("walk", dict(seed=1, out=""))
+    assert capsys.readouterr().out == f"the record goes to data/runs/single/{run.cell}\n"
+    past = run.save({})["provenance"]
+    assert (past["notebook_file"], past["notebook_hash"], past["notebook_verified"]) == (None,) * 3
+    assert past["fingerprint"] == cells.fingerprint("walk")
+
+
+def test_a_run_outside_the_checkout_says_the_whole_path(
+    project, tmp_path_factory, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    run = study.Run("walk", {})
+    place = project.resolve() / "data/runs/single" / run.cell
+    assert capsys.readouterr().out == f"the record goes to {place}\n"
+
+
+def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
+    notebook(project / "nbs/runs/stroll.ipynb", PARAMETERS, *RUNS)
+    records.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
+    cell = cells.plan("strolls", "desk")[0]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
+    process, line = start(project, *words_for(cell))
+    shown = line + process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "stroll.ipynb calls Run('walk', ...): it must name itself, Run('stroll'" in shown
+
+
+def test_the_wrapper_tells_path_and_hash(project):
+    sources = [*RUNS[:3], "if seed: raise ValueError('no')", RUNS[3]]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
+    whole = cells.digest((project / "nbs/runs/walk.ipynb").read_bytes())
+    for cell in cells.plan("walks", "desk")[:2]:
+        process, line = start(project, *words_for(cell))
+        process.communicate(timeout=60)
+        record = records.found(cell)
+        assert kept(record) == ("nbs/runs/walk.ipynb", True, cell.fingerprint), line
+        assert record["provenance"]["notebook_hash"] == whole
+        assert record["status"] == ("failed" if cell.parameters["seed"] else "done")
+
+
+def test_code_of_another_checkout_is_refused(project):
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, "from vqstudy import checks")
+    ours = (ROOT / "vqstudy/checks.py").read_bytes()
+    records.write(project / "vqstudy/checks.py", ours + b"# x")
+    study.Run("walk", {})  # other in a comment alone
+    records.write(project / "vqstudy/checks.py", "x = 1")
+    with pytest.raises(ValueError, match="imported, and in the checkout .* checks differ: set PY"):
+        study.Run("walk", {})
+
+
+# ---- the commit ----
+
+
+@pytest.fixture
+def git(project, monkeypatch):
+    "A repository with one commit; nothing was warned of yet."
+    who = dict(NAME="a", EMAIL="a@b.c")
+    for role in ("AUTHOR", "COMMITTER"):
+        for key, value in who.items():
+            monkeypatch.setenv(f"GIT_{role}_{key}", value)
+    records._warn_of_commit.cache_clear()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", str(project), *words], check=True)
+    return project
+
+
+def test_a_commit_is_known(git):
+    known = records.commit()
+    assert len(known["commit"]) == 40
+    assert (known["dirty"], known["commit_unknown"]) == (False, None)
+    records.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
+    assert records.commit()["dirty"] is True
+
+
+def nothing_known(reason):
+    return dict(commit=None, dirty=None, commit_unknown=reason)
+
+
+def test_no_git_is_warned_of_once_and_recorded(git, monkeypatch, recwarn):
+    monkeypatch.setenv("PATH", str(git))
+    assert records.commit() == records.commit() == nothing_known("git is not installed")
+    warned = "the records will name no commit: git is not installed"
+    assert [str(warning.message) for warning in recwarn] == [warned]
+    assert records.provenance("walk", records.now())["commit_unknown"] == "git is not installed"
+
+
+def test_a_commit_that_git_refuses_to_tell_is_warned_of(git, monkeypatch, recwarn):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    reason = "fatal: detected dubious ownership in repository"
+    assert records.commit() == records.commit() == nothing_known(reason)
+    assert len(recwarn) == 1 and "dubious ownership" in str(recwarn[0].message)
+
+
+def test_a_repository_without_a_commit_is_warned_of(project, recwarn):
+    records._warn_of_commit.cache_clear()
+    subprocess.run(["git", "-C", str(project), "init", "-q"], check=True)
+    known = records.commit()
+    assert known["commit"] is None and "HEAD" in known["commit_unknown"] and len(recwarn) == 1
+
+
+def test_no_repository_is_recorded_and_not_warned_of(project, recwarn):
+    assert records.commit() == nothing_known("fatal: not a git repository")
+    assert not recwarn.list
+
+
+def test_the_commit_of_a_repository_around_the_checkout_is_not_ours(git, monkeypatch, recwarn):
+    inner = git / "copy"
+    inner.mkdir()
+    shutil.copy(git / "settings.ini", inner)
+    monkeypatch.setenv("VQSTUDY_ROOT", str(inner))
+    assert records.commit() == nothing_known("the checkout lies in another git repository")
+    assert not recwarn.list
+
+
 # ---- what a study would do ----
 
 
@@ -580,6 +798,256 @@ with locked(Path(sys.argv[1])):
     holder.wait()
     with records.locked(path, 5):
         pass
+
+
+def test_who_waits_for_a_lock_leaves_its_holders_name(project):
+    path = project / "lock"
+    with records.locked(path):
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match=rf"holds lock \(pid {os.getpid()} on "):
+                records.locked(path, 0).__enter__()
+    with records.locked(path, 0):
+        assert path.read_text().count("pid") == 1
+
+
+# ---- two studies at once ----
+
+
+def start(project, *words, **env):
+    "A command of the study in another process, and the first line that it prints."
+    command = [sys.executable, "-m", "vqstudy.study", *words]
+    where = dict(cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)) | env)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, **where, **pipes)
+    return process, process.stdout.readline()
+
+
+def words_for(cell):
+    return ["cell", "--scale", cell.scale, "--sweep", cell.sweep, "--cell", cell.id]
+
+
+def test_a_cell_that_another_study_runs_is_waited_for(project):
+    cell = cells.plan("walks", "desk")[0]
+    with records.locked(cell.work.with_suffix(".lock")):
+        process, line = start(project, *words_for(cell))
+        assert "waits for another study that runs it" in line and f"pid {os.getpid()}" in line
+        run(cell, 0.5)
+    shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and shown == f"{cell.id}  a · seed 0  done by another study\n"
+
+
+def test_waiting_ends_with_the_time_budget(project):
+    cell = cells.plan("walks", "desk")[0]
+    with records.locked(cell.work.with_suffix(".lock")):
+        soon = str(time.time() + 3)
+        process, line = start(project, *words_for(cell), VQSTUDY_DEADLINE=soon)
+        shown, _ = process.communicate(timeout=30)
+    assert "waits for another study" in line
+    assert process.returncode == study.OUT_OF_TIME and shown == "" and not cell.work.exists()
+
+
+HOMES = ["/dev/null/home", "", None]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_run_without_a_home_folder_keeps_its_caches_in_the_checkout(project, home):
+    names = ("XDG_CACHE_HOME", *processes.CACHES)
+    env = {key: value for key, value in os.environ.items() if key not in ("HOME", *names)}
+    if home is not None:
+        env["HOME"] = home
+    code = "import os\nfrom vqstudy.processes import keep_caches\nkeep_caches()\nprint("
+    code += "*(os.environ[name] for name in " + repr(names) + "), sep='\\n')"
+    command = [sys.executable, "-c", code]
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    folders = done.stdout.splitlines()
+    assert len(folders) == len(names), done.stderr
+    assert all(folder.startswith(f"{project}/data/runs/.cache") for folder in folders)
+
+
+def test_a_home_that_takes_caches_has_them(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    before = dict(os.environ)
+    processes.keep_caches()
+    assert dict(os.environ) == before
+
+
+def test_a_figure_that_another_study_draws_is_waited_for(project):
+    notebook(project / "nbs/figs/walks.ipynb", "scale: str = 'smoke'")
+    with records.locked(project / "data/runs/desk/figs/.walks.lock"):
+        process, line = start(project, "draw", "--scale", "desk", "walks")
+        assert "walks  waits for another study" in line
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and shown.endswith("walks  drawn\n")
+
+
+def test_a_budget_that_is_no_time_is_said(project, monkeypatch, capsys):
+    monkeypatch.setenv("VQSTUDY_DEADLINE", "soon")
+    assert study.main(words_for(cells.plan("walks", "desk")[0])) == 2
+    assert capsys.readouterr().err == "study: VQSTUDY_DEADLINE must be a Unix time, got 'soon'\n"
+
+
+@pytest.mark.parametrize("name, given", [("BUDGET", "10m"), ("BUDGET", "-1"), ("MISSING", "yes")])
+@pytest.mark.parametrize("worse", ["", "nan", "inf"])
+def test_options_of_make_are_numbers(name, given, worse):
+    with pytest.raises(ValueError, match=f"{name} takes .*, got {worse or given!r}"):
+        study.option(name, worse or given)
+    assert [study.option(name, value) for value in (None, "", 0, "1")] == [0, 0, 0, 1]
+
+
+# ---- errors that a user can cause ----
+
+
+def broken_notebook(project, content):
+    records.write(project / "nbs/runs/walk.ipynb", content)
+
+
+def damaged_notes(project, content):
+    run(cells.plan("walks", "desk")[0], 0.5)
+    table = records.collect("walks", "desk")
+    table.with_suffix(".json").write_text(content)
+
+
+def figures_of_walks(project, content):
+    records.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
+
+
+MISTAKES = [
+    (broken_notebook, "", "walks.yaml: walk.ipynb is no notebook, or a damaged one"),
+    (broken_notebook, "[]", "walks.yaml: walk.ipynb is no notebook, or a damaged one"),
+    (broken_notebook, "{}", "walk.ipynb is no notebook, or a damaged one (KeyError: 'cells')"),
+    (broken_notebook, '{"cells": [{}]}', "damaged one (KeyError: 'cell_type')"),
+    (figures_of_walks, "figures: [strolls]", "walks.yaml: figures: notebook 'strolls': there is no"),
+]
+
+
+@pytest.mark.parametrize("make, content, why", MISTAKES)
+def test_a_mistake_is_told_in_one_line(project, capsys, make, content, why):
+    make(project, content)
+    assert study.main(["plan", "--scale", "desk"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("study: ") and why in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "<<<<<<< HEAD"])
+def test_damaged_notes_are_named(project, capsys, content):
+    damaged_notes(project, content)
+    assert study.main(["collect", "--scale", "desk"]) == 2
+    assert "study: data/results/walks.json is damaged (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5"])
+def test_slots_are_one_or_more(monkeypatch, given):
+    monkeypatch.setenv("VQSTUDY_GPU_SLOTS", given)
+    with pytest.raises(ValueError, match=f"VQSTUDY_GPU_SLOTS must be 1 or more, got '{given}'"):
+        processes.slots()
+
+
+def test_a_root_that_is_none_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    assert study.main(["plan"]) == 2
+    expected = f"study: VQSTUDY_ROOT = {tmp_path} is no vqstudy repository\n"
+    assert capsys.readouterr().err == expected
+
+
+OBSTACLES = [PermissionError(13, "Permission denied", "data/runs"), OSError(28, "No space left")]
+OBSTACLES += [ModuleNotFoundError("No module named 'yaml'")]
+
+
+@pytest.mark.parametrize("error", OBSTACLES)
+def test_what_a_machine_lacks_is_told_in_one_line(project, monkeypatch, capsys, error):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(study, "overview", fails)
+    assert study.main(["plan"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"study: {error}")
+    assert ("make setup" in said) == isinstance(error, ImportError)
+
+
+def test_a_metric_that_no_record_has_is_told(project):
+    sources = ["from vqstudy.study import Run\nRun('walk', globals()).save(dict(near=1, far=2))"]
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
+    figures_of_walks(project, "metric: fa")
+    process, line = start(project, *words_for(cells.plan("walks", "desk")[0]))
+    assert process.wait(60) == 0
+    assert "no value of 'fa' (the sweep's metric); there are: far, near  " in line
+
+
+# ---- data sets that are not here ----
+
+
+def wanting(*names):
+    "Cells of sweeps a, b, ..., each of which wants a data set; None has no such parameter."
+    made = []
+    for sweep, name in zip("abcd", names):
+        given = {} if name is None else dict(dataset=name)
+        made.append(cells.Cell(f"walk-{sweep}", "walk", given, sweep, "desk", ""))
+    return made
+
+
+LACKING = [
+    (("cifar10", "photos", None), (), "1 of 3 cells need cifar10,", "images('cifar10', 'train'"),
+    (("celeba", "cifar10"), (), "2 of 2 cells need celeba, cifar10,", "images('celeba', 'train'"),
+    (("street", None), (), "1 of 2 cells need street,", "put it into $VQSTUDY_DATA/street"),
+    (("celeba", "cifar10"), ("cifar10",), "1 of 2 cells need celeba,", 'SWEEP="b"'),
+    (("cifar10", "photos"), ("celeba10k",), "1 of 2 cells need cifar10,", 'SWEEP="b"'),
+]
+
+
+@pytest.mark.parametrize("given", ["unset", "no folder", "empty folders", "others"])
+@pytest.mark.parametrize("wanted, others, count, how", LACKING)
+def test_sets_that_are_missing_are_named(tmp_path, monkeypatch, given, wanted, others, count, how):
+    place = tmp_path / "sets"
+    monkeypatch.setenv("VQSTUDY_DATA", str(place))
+    if given == "unset":
+        monkeypatch.delenv("VQSTUDY_DATA")
+    if given == "empty folders":
+        for name in ("cifar10", "celeba", "street"):
+            (place / name).mkdir(parents=True)
+    if given == "others":
+        for name in others:
+            records.write(place / name / "a.parquet", "")
+    said = study.lacking(wanting(*wanted))
+    if others and given != "others":
+        assert "need" in said
+    else:
+        assert count in said and how in said
+    assert ("VQSTUDY_DATA is not set" in said) == (given == "unset")
+
+
+HERE = [("cifar10", "cifar10"), ("cifar10", "cifar-10-batches-py"), ("celeba", "celeba")]
+HERE += [("celeba", "celeba10k"), ("celeba10k", "celeba10k"), ("street", "street")]
+
+
+@pytest.mark.parametrize("name, folder", HERE)
+def test_sets_that_are_here_are_found(tmp_path, monkeypatch, name, folder):
+    monkeypatch.setenv("VQSTUDY_DATA", str(tmp_path))
+    records.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
+    assert study.lacking(wanting(name, "photos", None)) == ""
+
+
+def test_no_files_are_wanted_by_photos_and_by_cells_without_images(monkeypatch):
+    monkeypatch.delenv("VQSTUDY_DATA", raising=False)
+    assert study.lacking(wanting("photos", None, "")) == "" == study.lacking([])
+
+
+def test_sets_are_looked_for_where_data_finds_them():
+    from vqstudy import data
+
+    assert set(study.SET_FOLDERS) == set(data.DOWNLOADS)
+    assert set(data.FACES) == set(study.SET_FOLDERS["celeba"])
+
+
+def test_a_cell_without_its_set_does_not_start(project, monkeypatch, capsys):
+    monkeypatch.delenv("VQSTUDY_DATA", raising=False)
+    notebook(project / "nbs/runs/walk.ipynb", PARAMETERS + 'dataset: str = "cifar10"', USES_TOY)
+    cell = cells.plan("walks", "desk")[0]
+    assert study.main(words_for(cell)) == 2
+    assert "study: 1 of 1 cells need cifar10" in capsys.readouterr().err
+    assert not cell.work.exists() and records.state(cell) == "missing"
 
 
 def test_checkpoint_belongs_to_cell_and_code(project, monkeypatch):

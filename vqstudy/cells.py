@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'PLAIN_DECORATORS', 'NOT_CODE', 'BOOKKEEPING', 'SCALES', 'SWEEP_KEYS', 'root', 'Parameter',
            'notebook_path', 'convert', 'parameters', 'check', 'digest', 'cell_id', 'Bare', 'syntax', 'code_digest',
-           'modules', 'fingerprint', 'Cell', 'sweep', 'sweeps', 'plan']
+           'modules', 'fingerprint', 'source_digest', 'cell_codes', 'foreign_modules', 'Cell', 'sweep', 'sweeps',
+           'plan']
 
 # %% ../nbs/lib/10a_cells.ipynb #f7425e04
 import ast, functools, hashlib, io, itertools, json, math, os, re, tokenize
@@ -32,6 +33,8 @@ def root() -> Path:
     for place in places:
         if _is_repository(place):
             return place
+    if given:
+        raise FileNotFoundError(f"VQSTUDY_ROOT = {given} is no vqstudy repository")
     advice = "work inside one, or name it in VQSTUDY_ROOT"
     raise FileNotFoundError(f"no vqstudy repository at {places[0]} or above it: {advice}")
 
@@ -58,10 +61,19 @@ def notebook_path(notebook: str | Path) -> Path:
     return path
 
 
+def _code_cells(path: Path) -> list[dict[str, Any]]:
+    "The code cells of a notebook. Raises ValueError for a file that is none."
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [cell for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path.name} is no notebook, or a damaged one ({reason})") from None
+
+
 def _sources(path: Path, tag: str = "") -> list[str]:
     "The sources of a notebook's code cells, or of those with a tag."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = _code_cells(path)
     if tag:
         code = [cell for cell in code if tag in cell["metadata"].get("tags", [])]
     return ["".join(cell["source"]) for cell in code]
@@ -289,18 +301,51 @@ def _as_python(cell: str) -> str:
         )
 
 
+def _code(path: Path) -> str:
+    "The code of a notebook as one text."
+    return "\n\n".join(_as_python(cell) for cell in _sources(path))
+
+
 def fingerprint(notebook: str | Path) -> str:
     """16 hex digits that change with the code a notebook runs: its own and the library's it uses.
 
     Raises ValueError for code that does not parse.
     """
     path = notebook_path(notebook)
-    code = "\n\n".join(_as_python(cell) for cell in _sources(path))
+    code = _code(path)
     try:
         used = {name: code_digest(text.decode()) for name, text in modules(code).items()}
         return digest(json.dumps([code_digest(code), used]))[:16]
     except SyntaxError as error:
         raise ValueError(f"{path.name} or a module it uses does not parse: {error}") from None
+
+# %% ../nbs/lib/10a_cells.ipynb #f8ae2a76
+def source_digest(cell: str) -> str:
+    "A hash of the code of one cell, which need not parse."
+    try:
+        return code_digest(_as_python(cell))
+    except SyntaxError:  # %%bash
+        return digest(cell.strip())
+
+
+def cell_codes(path: Path) -> list[str]:
+    "`source_digest` of every cell of a notebook that has code and does not set parameters."
+    code = _code_cells(path)
+    sets = {"parameters", "injected-parameters"}
+    own = [cell for cell in code if not sets & set(cell["metadata"].get("tags", []))]
+    found = [source_digest("".join(cell["source"])) for cell in own]
+    return [each for each in found if each != source_digest("")]
+
+
+def foreign_modules(notebook: str | Path) -> list[str]:
+    "Modules that a notebook uses and that are imported with other code than the checkout's."
+    foreign = []
+    for name, here in modules(_code(notebook_path(notebook))).items():
+        imported = Path(vqstudy.__file__).with_name(f"{name}.py")
+        if imported.is_file() and imported.read_bytes() != here:
+            if code_digest(imported.read_text(encoding="utf-8")) != code_digest(here.decode()):
+                foreign.append(name)
+    return foreign
 
 # %% ../nbs/lib/10a_cells.ipynb #580b79fa
 @dataclass(frozen=True)
