@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .base import Annealed, Quantized, QuantizedRows, Quantizer, commitment, gumbel_noise
 from .checks import flag, number, one_of, whole
 from .codebook import Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
+from .codebook import Statistics
 from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian
 from .estimators import straight_through
 from .search import nearest
 
 # %% ../nbs/lib/02b_vector.ipynb #25750f02
-class Upkeep:
+class Upkeep(Statistics):
     "Mixin of a quantizer with a codebook `book`: what keeps it alive around a training step."
 
     def set_upkeep(
