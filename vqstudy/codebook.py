@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['INITS', 'FROM_DATA', 'normal', 'uniform', 'kaiming', 'orthogonal', 'kmeans', 'sample', 'Affine', 'at_least_float32',
-           'Statistics', 'MovingAffine', 'LinearMap', 'Codebook', 'MovingAverage', 'Replacement']
+           'Statistics', 'MovingAffine', 'LinearMap', 'Codebook', 'WithCodebook', 'MovingAverage', 'Replacement']
 
 # %% ../nbs/lib/02_codebook.ipynb #331abfb2
 import math
 from collections.abc import Callable
 from types import NoneType
+from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -123,7 +124,7 @@ class Affine(nn.Module):
     def extra_repr(self) -> str:
         return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
-# %% ../nbs/lib/02_codebook.ipynb #962031bd
+# %% ../nbs/lib/02_codebook.ipynb #59eac825
 def at_least_float32(x: Tensor) -> Tensor:
     "x, in float32 where its dtype is a narrower floating one."
     if not x.is_floating_point() or torch.finfo(x.dtype).bits >= 32:
@@ -189,6 +190,13 @@ class MovingAffine(Statistics):
             self.register_buffer(f"var_{name}", torch.ones(dim))
         self.register_buffer("started", torch.tensor(0.0))
 
+    def reset(self) -> None:
+        "The identity again, until the next training batch."
+        for name in ("z", "c"):
+            self.get_buffer(f"mean_{name}").zero_()
+            self.get_buffer(f"var_{name}").fill_(1.0)
+        self.started.zero_()
+
     @torch.no_grad()
     def update(self, z: Float[Tensor, "n d"], codes: Float[Tensor, "m d"]) -> None:
         "Move the moments towards those of the (joined) batch z, and of codes before the map."
@@ -241,6 +249,14 @@ class LinearMap(nn.Module):
             "a codebook that is a linear map of a frozen table cannot take single new codes"
         )
 
+    @torch.no_grad()
+    def solve(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        "The table that the map takes nearest to these vectors (least squares)."
+        # in float64 on the CPU: a GPU's solver wants a matrix of full rank
+        matrix = self.linear.weight.double().cpu()
+        solved = torch.linalg.lstsq(matrix, vectors.double().cpu().T, driver="gelsd")
+        return solved.solution.T.to(vectors)
+
 # %% ../nbs/lib/02_codebook.ipynb #3bb59283
 class _Table(nn.Module):
     "A table `weight` (k, d), and what is made of it: the code vectors as used."
@@ -255,10 +271,14 @@ class _Table(nn.Module):
         else:
             self.register_buffer("weight", weight)
 
-    def forward(self) -> Float[Tensor, "k d"]:
-        used = self.weight if self.map is None else self.map(self.weight)
+    def as_used(self, table: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        "The code vectors that this table would give."
+        used = table if self.map is None else self.map(table)
         # of a copy: autograd keeps what it normalises, and a later step may write into the table
         return F.normalize(used.clone(), dim=1) if self.l2 else used
+
+    def forward(self) -> Float[Tensor, "k d"]:
+        return self.as_used(self.weight)
 
     def before_map(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         "The table that the map takes to these vectors."
@@ -270,8 +290,81 @@ class _Table(nn.Module):
         "Where `which`: the code becomes that vector (given as used)."
         self.weight.copy_(torch.where(which[:, None], self.before_map(vectors), self.weight))
 
+# %% ../nbs/lib/02_codebook.ipynb #df2c0595
+class _Given(_Table):
+    "A table for code vectors that are given."
+
+    def _wanted(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        "The code vectors to be had, in float32 or wider; raises for what cannot be a codebook."
+        check_vectors("vectors", vectors, check_finite=True)
+        if vectors.shape != self.weight.shape:
+            shape = tuple(self.weight.shape)
+            raise ValueError(f"vectors must be (k, d) = {shape}, got shape {tuple(vectors.shape)}")
+        wanted = at_least_float32(vectors.to(self.weight.device))
+        if not self.l2:
+            return wanted
+        wanted = F.normalize(wanted, dim=1)
+        if wanted.norm(dim=1).min() < 0.5:
+            raise ValueError("vectors must have a direction, since l2 normalises them, got zeros")
+        return wanted
+
+    @torch.no_grad()
+    def table_of(self, vectors: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        "The table that gives these code vectors; raises TypeError or ValueError for bad ones."
+        table = wanted = self._wanted(vectors)
+        if self.map is not None:
+            linear = isinstance(self.map, LinearMap)
+            table = self.map.solve(wanted) if linear else self.map.inverse(wanted)
+        table = table.to(self.weight.dtype)
+        far = (self.as_used(table) - wanted).abs().max()
+        # an ill-conditioned map loses some digits, one with a factor of 0 all of them
+        most = max(1e-3, 16 * torch.finfo(table.dtype).eps) * wanted.abs().max()
+        if not far <= most:
+            means = f"map {type(self.map).__name__} and {table.dtype}"
+            raise ValueError(
+                f"vectors must be within reach of the codebook's {means}, got some off by {far:.2g}"
+            )
+        return table
+
+# %% ../nbs/lib/02_codebook.ipynb #3df7b7ec
+class _Beginning(_Given):
+    "How a codebook begins: drawn, from the data, given, or from a checkpoint."
+
+    def set_init(self, init: str) -> None:
+        self.init = init
+        self.register_buffer("started", torch.tensor(init in INITS))
+        # `started` as a plain bool: to ask a GPU each step would make it wait
+        self.waiting = init in FROM_DATA
+
+    @torch.no_grad()
+    def start(self, z: Float[Tensor, "n d"], how: str | None = None) -> None:
+        "Begin, or begin again, from the data: k-means centres or samples of z, as used."
+        self.weight.copy_(self.before_map(FROM_DATA[how or self.init](z, len(self.weight))))
+        self._has_begun()
+
+    @torch.no_grad()
+    def take(self, vectors: Float[Tensor, "k d"]) -> None:
+        "Begin with these code vectors, as used; of several processes, with the first one's."
+        # a copy: from_first writes into its argument, which may be the caller's
+        self.weight.copy_(from_first(self.table_of(vectors).clone()))
+        self._has_begun()
+
+    def _has_begun(self) -> None:
+        self.started.fill_(True)
+        self.waiting = False
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args) -> None:
+        super()._load_from_state_dict(state, prefix, *args)
+        if f"{prefix}weight" in state:
+            # with strict=False a table may come alone, and is not to be lost at the next step
+            if f"{prefix}started" not in state:
+                self.started.fill_(True)
+            if isinstance(self.map, MovingAffine) and f"{prefix}map.started" not in state:
+                self.map.reset()
+        self.waiting = not bool(self.started)
+
 # %% ../nbs/lib/02_codebook.ipynb #3056642c
-class Codebook(_Table):
+class Codebook(_Beginning):
     """k code vectors of width d; calling it gives them as used, (k, d).
 
     Raises ValueError or TypeError for bad values.
@@ -296,25 +389,31 @@ class Codebook(_Table):
         if isinstance(map, LinearMap):
             weight = weight * dim**-0.5
         super().__init__(weight, flag("l2", l2), flag("learn", learn), map)
-        self.init = init
-        self.register_buffer("started", torch.tensor(init in INITS))
-        # `started` as a plain bool: to ask a GPU each step would make it wait
-        self.waiting = init in FROM_DATA
-
-    @torch.no_grad()
-    def start(self, z: Float[Tensor, "n d"], how: str | None = None) -> None:
-        "Begin, or begin again, from the data: k-means centres or samples of z, as used."
-        self.weight.copy_(self.before_map(FROM_DATA[how or self.init](z, len(self.weight))))
-        self.started.fill_(True)
-        self.waiting = False
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.waiting = not bool(self.started)
+        self.set_init(init)
 
     def extra_repr(self) -> str:
         k, d = self.weight.shape
         return f"{k} codes of width {d}, init={self.init}, l2={self.l2}"
+
+# %% ../nbs/lib/02_codebook.ipynb #606d28d6
+class WithCodebook(Statistics):
+    "Base of a quantizer with a codebook `book`."
+
+    book: Codebook
+
+    def check_codebook(self, vectors: Float[Tensor, "k d"]) -> None:
+        "Raises TypeError or ValueError for what `set_codebook` refuses; changes nothing."
+        self.book.table_of(vectors)
+
+    def set_codebook(self, vectors: Float[Tensor, "k d"]) -> None:
+        """Take these code vectors, (k, d) as used, and forget what the upkeep knew of the former.
+
+        With l2 their directions are taken. A learned map stays, and the table is made to fit.
+        Of several processes, which must all call this, the first one's vectors are taken.
+        Raises TypeError or ValueError, and changes nothing, for another shape, non-finite values
+        and vectors that the map or the dtype cannot give.
+        """
+        self.book.take(vectors)
 
 # %% ../nbs/lib/02_codebook.ipynb #960c850d
 class MovingAverage(Statistics):
@@ -337,6 +436,14 @@ class MovingAverage(Statistics):
         self.smoothing = number("smoothing", smoothing, least=0)
         self.register_buffer("counts", weight.new_ones(len(weight)))
         self.register_buffer("sums", weight.detach().clone())
+
+    @torch.no_grad()
+    def restart(self, weight: Float[Tensor, "k d"]) -> None:
+        "Forget the past: every code counts once, where it is."
+        if self.sums.is_meta:
+            self.to_empty(device=weight.device)
+        self.counts.fill_(1.0)
+        self.sums.copy_(weight)
 
     @torch.no_grad()
     def replace(self, which: Bool[Tensor, "k"], vectors: Float[Tensor, "k d"]) -> None:
