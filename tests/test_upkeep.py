@@ -5,7 +5,10 @@ import pytest
 import torch
 from processes import in_processes
 from vqstudy.codebook import Codebook, MovingAffine, MovingAverage
+from vqstudy.codebook import kmeans, sample
 from vqstudy.quantizers import recipe
+from vqstudy.ranks import draw, finite_rows
+from vqstudy.transport import sinkhorn_codes
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -322,3 +325,210 @@ def test_every_rank_takes_the_first_ones(tmp_path):
     assert torch.equal(second["average.sums"], given) and not torch.equal(given, other)
     _, again = given_by_each(1)
     assert torch.equal(other, again)  # what was handed in is not written to
+
+
+# ---- vectors that are not finite
+
+BAD = (torch.nan, torch.inf, -torch.inf)
+KEPT = ["vq + ema", "vq + ema + replace", "vq + l2 + ema + replace", "vq + replace"]
+KEPT += ["vq + moving-affine", "vq + moving-affine + replace", "stochastic + ema + replace"]
+KEPT += ["optvq + ema + replace", "vq + ema + residual + replace", "vq + ema + group + replace"]
+KEPT += ["vq + ema + multiscale + replace", "vq + refit", "vq + ema + refit"]
+
+
+def built(spec, **given):
+    "Values are not looked at, as on a GPU."
+    given |= {"life_span": 2} if "replace" in spec else {}
+    given |= {"refit": 2} if "refit" in spec else {}
+    torch.manual_seed(0)
+    return recipe(spec, 8, 16, check_finite=False, **given).train()
+
+
+def maps(seed):
+    return torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def poisoned(z, value, *rows):
+    "z with that value in one coordinate of these rows."
+    z = z.clone()
+    for row in rows:
+        z.view(-1, z.shape[-1])[row, row % 8] = value
+    return z
+
+
+def all_finite(module):
+    return all(v.isfinite().all() for v in module.state_dict().values())
+
+
+@pytest.mark.parametrize("spec", KEPT)
+@pytest.mark.parametrize("value", BAD)
+def test_a_bad_vector_leaves_the_state_finite(spec, value):
+    quantizer = built(spec)
+    for step in range(8):
+        quantizer(poisoned(maps(step), value, step, 31 - step))
+        assert all_finite(quantizer), step
+    used = quantizer.eval().encode(maps(99))
+    assert len(used.unique()) > 4
+    assert quantizer(maps(99)).loss.isfinite()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in KEPT if "refit" not in spec])
+def test_a_batch_of_bad_vectors_alone(spec):
+    quantizer = built(spec)
+    for step in range(6):
+        quantizer(maps(step) * (torch.nan if step > 2 else 1))
+    assert all_finite(quantizer)
+    moved = [name for name in state(quantizer) if "mean" in name or "var" in name]
+    before = state(quantizer)
+    quantizer(maps(0) * torch.inf)
+    assert all(torch.equal(before[name], state(quantizer)[name]) for name in moved)
+
+
+ROWWISE = ["vq + ema", "vq + ema + replace", "vq + l2 + ema", "vq + moving-affine", "optvq + ema"]
+ROWWISE += ["vq + ema + residual"]
+
+
+@pytest.mark.parametrize("spec", ROWWISE)
+def test_upkeep_is_that_of_the_good_vectors(spec):
+    first = built(spec)
+    second = copy.deepcopy(first)
+    for step in range(2):
+        z = maps(step).view(-1, 8)
+        without = torch.cat([z[:3], z[4:30], z[31:]])
+        results = first(poisoned(z, torch.nan, 3, 30)), second(without)
+        good = torch.ones(32, dtype=torch.bool).index_fill(0, torch.tensor([3, 30]), False)
+        assert torch.equal(results[0].codes[good], results[1].codes)
+    for name, value in state(first).items():
+        assert torch.allclose(value, state(second)[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("life_span", [1, 3])
+def test_a_code_that_only_bad_vectors_choose_is_idle(life_span):
+    quantizer = built("vq + ema + replace").eval()
+    quantizer.alive.life_span = 100
+    bad = torch.full((4, 8), torch.nan)
+    chosen = quantizer.encode(bad).unique()
+    for _ in range(life_span):
+        quantizer.train()(bad)
+    assert (quantizer.alive.idle[chosen] == life_span).all()
+
+
+@pytest.mark.parametrize("init", ["kmeans", "sample"])
+@pytest.mark.parametrize("spec", ["vq", "vq + ema", "vq + l2", "vq + affine"])
+def test_starts_leave_bad_vectors_out(spec, init):
+    quantizer = built(spec, init=init)
+    waiting = state(quantizer)
+    quantizer(maps(0) * torch.nan)  # no vector to begin with
+    assert quantizer.book.waiting and not quantizer.book.started
+    assert torch.allclose(quantizer.book.weight, waiting["book.weight"], atol=1e-4)
+    z = poisoned(50 + maps(0), torch.nan, *range(0, 32, 3))
+    quantizer(z)
+    assert all_finite(quantizer) and not quantizer.book.waiting
+    assert "l2" in spec or quantizer.codebook.min() > 40
+
+
+@pytest.mark.parametrize("n,num", [(7, 4), (7, 7), (7, 20), (40, 12)])
+def test_draws_of_bad_batches(n, num):
+    z = torch.arange(float(n))[:, None].repeat(1, 3)
+    bad = torch.arange(0, n, 3)
+    torch.manual_seed(5)
+    drawn = draw(z.index_fill(0, bad, torch.nan), num)[:, 0]
+    good = n - len(bad)
+    counts = drawn.unique(return_counts=True)[1]
+    assert drawn.isfinite().all() and not torch.isin(drawn, bad.float()).any()
+    assert len(counts) == min(num, good) and counts.max() - counts.min() <= 1
+    torch.manual_seed(5)
+    order = torch.randperm(n)  # the good ones come in the order that all would have
+    left = order[~torch.isin(order, bad)]
+    assert torch.equal(drawn, left[torch.arange(num) % good].float())
+    assert draw(z * torch.nan, num).shape == (num, 3)
+
+
+def test_draws_of_good_batches_are_what_they_were():
+    z = torch.randn(50, 3)
+    for num in (7, 50, 120):
+        torch.manual_seed(1)
+        drawn = draw(z, num)
+        torch.manual_seed(1)
+        assert torch.equal(drawn, z[torch.randperm(50)[torch.arange(num) % 50]])
+
+
+def always_a_mask(z):
+    return z.abs().amax(1).isfinite()
+
+
+def test_the_mask_changes_nothing_where_all_is_finite(monkeypatch):
+    "What a GPU and a compiled step do, which cannot ask, gives the same bits."
+    for spec in KEPT:
+        results = []
+        for asks in (True, False):
+            with monkeypatch.context() as patch:
+                for module in () if asks else ("ranks", "codebook", "vector", "transport"):
+                    patch.setattr(f"vqstudy.{module}.finite_rows", always_a_mask)
+                quantizer = built(spec)
+                for step in range(6):
+                    torch.manual_seed(step)
+                    quantizer(maps(step))
+                results.append(state(quantizer))
+        assert same(*results), spec
+
+
+def test_kmeans_and_sample_of_bad_batches():
+    z = poisoned(torch.randn(300, 8), torch.inf, *range(0, 300, 7))
+    for k in (4, 280):
+        assert kmeans(z, k).isfinite().all() and sample(z, k).isfinite().all()
+    with pytest.raises(ValueError, match="z must be finite in one vector at least"):
+        kmeans(z * torch.nan, 4)
+
+
+def test_the_largest_numbers_are_finite():
+    z = torch.full((3, 4), 3.0e38)
+    z[1, 2] = -torch.inf
+    assert finite_rows(z).tolist() == [True, False, True]
+    assert finite_rows(z[:1]) is None
+
+
+def test_a_transport_plan_without_the_bad_vectors():
+    torch.manual_seed(0)
+    x, codebook = torch.randn(64, 4) + 3, torch.randn(8, 4)
+    bad = torch.cat([x, torch.full((9, 4), torch.nan)])
+    codes = sinkhorn_codes(bad, codebook, check_finite=False)
+    assert torch.equal(codes[:64], sinkhorn_codes(x, codebook))
+    with pytest.raises(ValueError, match="x must be finite"):
+        sinkhorn_codes(bad, codebook)
+
+
+def one_rank_is_bad(rank, world, spec, init):
+    quantizer = built(spec, init=init)
+    for step in range(5):
+        z = poisoned(maps(step).view(-1, 8), torch.nan, 2, 9, 12, 17)
+        if world > 1:
+            z = z.split([12, 20])[rank]
+        torch.manual_seed(step)
+        quantizer(z)
+    return quantizer.state_dict()
+
+
+@pytest.mark.parametrize("spec", ["vq + ema + replace", "vq + moving-affine", "optvq + ema"])
+@pytest.mark.parametrize("init", ["normal", "sample", "kmeans"])
+def test_bad_vectors_on_some_ranks(tmp_path, spec, init):
+    alone = one_rank_is_bad(0, 1, spec, init)
+    first, second = in_processes(2, tmp_path, one_rank_is_bad, 2, spec, init)
+    assert same(first, second)
+    for name, value in alone.items():
+        assert torch.allclose(value, first[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("spec", ["vq + ema + replace", "vq + moving-affine", "optvq + ema"])
+def test_a_compiled_step_leaves_bad_vectors_out(spec):
+    torch._dynamo.reset()
+    eager = built(spec)
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        z = poisoned(maps(i), torch.nan, 3)
+        eager(z)
+        step(z)
+    assert all_finite(compiled)
+    for name, value in state(eager).items():
+        assert torch.allclose(value, state(compiled)[name], atol=1e-5), name

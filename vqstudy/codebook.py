@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from .checks import flag, number, one_of, typed, whole
-from .ranks import draw, from_first, total
+from .ranks import draw, finite_count, finite_rows, from_first, only_finite, total
 from .search import check_vectors
 
 # %% ../nbs/lib/02_codebook.ipynb #3fdf9f23
@@ -48,14 +48,17 @@ def kmeans(
 ) -> Float[Tensor, "k d"]:
     """Centres of the (joined) batch by k-means++ and Lloyd; works for num_codes > n too.
 
-    Repeatable under `torch.manual_seed`. Raises ValueError for empty or non-finite z,
-    ImportError where scikit-learn is missing (it comes with vqstudy[study]).
+    Vectors that are not finite are left out. Repeatable under `torch.manual_seed`. Raises
+    ValueError for empty z and where no vector is finite, ImportError where scikit-learn is missing
+    (it comes with vqstudy[study]).
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    check_vectors("z", z, check_finite=True)
-    n = int(total(torch.tensor(len(z), device=z.device)))
+    check_vectors("z", z, check_finite=False)
+    n = int(finite_count(z, finite_rows(z)))
+    if n == 0:
+        raise ValueError("z must be finite in one vector at least, got NaN or infinity in all")
     seed = int(torch.randint(2**31 - 1, ()))
     if n <= num_codes:
         noise = torch.randn(num_codes, z.shape[1], device=z.device, dtype=z.dtype)
@@ -124,7 +127,7 @@ class Affine(nn.Module):
     def extra_repr(self) -> str:
         return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
-# %% ../nbs/lib/02_codebook.ipynb #59eac825
+# %% ../nbs/lib/02_codebook.ipynb #2f1f5212
 def at_least_float32(x: Tensor) -> Tensor:
     "x, in float32 where its dtype is a narrower floating one."
     if not x.is_floating_point() or torch.finfo(x.dtype).bits >= 32:
@@ -163,24 +166,23 @@ class Statistics(nn.Module):
 
 # %% ../nbs/lib/02_codebook.ipynb #fc5ddfd3
 def _mean_variance(
-    x: Float[Tensor, "n d"], split: bool
+    x: Float[Tensor, "n d"],
+    split: bool,                              # over processes: of all its parts
+    finite: Bool[Tensor, "n"] | None = None,  # which vectors count; None: all
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
-    "Mean and variance (over n) of x; where x is split over processes, of all its parts."
+    "Mean and variance (over n) of x."
     if not split:
         return x.mean(0), x.var(0, correction=0)
-    n = total(torch.full((), len(x), dtype=x.dtype, device=x.device))
-    mean = total(x.sum(0)) / n
-    return mean, total((x - mean).pow(2).sum(0)) / n
+    count = len(x) if finite is None else finite.sum()
+    n = total(torch.zeros((), dtype=x.dtype, device=x.device) + count)
+    mean = total(only_finite(x, finite).sum(0)) / n
+    return mean, total(only_finite(x - mean, finite).pow(2).sum(0)) / n
 
-# %% ../nbs/lib/02_codebook.ipynb #f6636128
-class MovingAffine(Statistics):
-    """Affine map from running moments of z and of the table (Huh et al. 2023, Eq. 38-45 corrected).
+# %% ../nbs/lib/02_codebook.ipynb #4dc49714
+class _Moments(Statistics):
+    "Running mean and variance of z and of the table."
 
-    of: whose moments are brought to z's, those of the "codebook" (A.9) or of the "chosen" codes
-    (Eq. 40-41). The first training batch sets the moments; until then the map is the identity.
-    """
-
-    def __init__(self, dim: int, momentum: float = 0.1, of: str = "codebook"):
+    def __init__(self, dim: int, momentum: float, of: str):
         super().__init__()
         whole("dim", dim)
         self.momentum = number("momentum", momentum, above=0, most=1)  # weight of the new moments
@@ -199,16 +201,34 @@ class MovingAffine(Statistics):
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "n d"], codes: Float[Tensor, "m d"]) -> None:
-        "Move the moments towards those of the (joined) batch z, and of codes before the map."
+        """Move the moments towards those of the (joined) batch z, and of codes before the map.
+
+        Vectors that are not finite, and with of="chosen" the codes that they chose, are left out.
+        """
+        finite = finite_rows(z)
+        chosen = self.of == "chosen"
         # in float64: of two plain numbers, where would make a float32
         one = self.started.new_ones((), dtype=torch.float64)
         rate = torch.where(self.started > 0, self.momentum, one)
-        moments_z = _mean_variance(at_least_float32(z), split=True)
-        moments_c = _mean_variance(at_least_float32(codes), split=self.of == "chosen")
+        moments_z = _mean_variance(at_least_float32(z), True, finite)
+        moments_c = _mean_variance(at_least_float32(codes), chosen, finite if chosen else None)
+        some = moments_z[0].isfinite().all()  # without a finite vector there are no moments
         running = (self.mean_z, self.var_z, self.mean_c, self.var_c)
         for old, new in zip(running, (*moments_z, *moments_c)):
-            old.add_(rate * (new.to(old.dtype) - old))
-        self.started.fill_(1.0)
+            step = rate * (new.to(old.dtype) - old)
+            old.add_(torch.where(some, step, torch.zeros_like(step)))
+        self.started.copy_(torch.where(some, torch.ones_like(self.started), self.started))
+
+# %% ../nbs/lib/02_codebook.ipynb #f6636128
+class MovingAffine(_Moments):
+    """Affine map from running moments of z and of the table (Huh et al. 2023, Eq. 38-45 corrected).
+
+    of: whose moments are brought to z's, those of the "codebook" (A.9) or of the "chosen" codes
+    (Eq. 40-41). The first training batch sets the moments; until then the map is the identity.
+    """
+
+    def __init__(self, dim: int, momentum: float = 0.1, of: str = "codebook"):
+        super().__init__(dim, momentum, of)
 
     def parts(self) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
         "Factor and shift; the factor is 1 where the table has no spread."
@@ -290,7 +310,7 @@ class _Table(nn.Module):
         "Where `which`: the code becomes that vector (given as used)."
         self.weight.copy_(torch.where(which[:, None], self.before_map(vectors), self.weight))
 
-# %% ../nbs/lib/02_codebook.ipynb #df2c0595
+# %% ../nbs/lib/02_codebook.ipynb #70497396
 class _Given(_Table):
     "A table for code vectors that are given."
 
@@ -326,7 +346,7 @@ class _Given(_Table):
             )
         return table
 
-# %% ../nbs/lib/02_codebook.ipynb #3df7b7ec
+# %% ../nbs/lib/02_codebook.ipynb #f2286c4e
 class _Beginning(_Given):
     "How a codebook begins: drawn, from the data, given, or from a checkpoint."
 
@@ -338,7 +358,13 @@ class _Beginning(_Given):
 
     @torch.no_grad()
     def start(self, z: Float[Tensor, "n d"], how: str | None = None) -> None:
-        "Begin, or begin again, from the data: k-means centres or samples of z, as used."
+        """Begin, or begin again, from the data: k-means centres or samples of z, as used.
+
+        Where no vector is finite, everything stays as it was, and a codebook that waits waits on.
+        """
+        # the one question that a GPU must answer at once, at the start alone
+        if not finite_count(z, finite_rows(z)):
+            return
         self.weight.copy_(self.before_map(FROM_DATA[how or self.init](z, len(self.weight))))
         self._has_begun()
 
@@ -395,7 +421,7 @@ class Codebook(_Beginning):
         k, d = self.weight.shape
         return f"{k} codes of width {d}, init={self.init}, l2={self.l2}"
 
-# %% ../nbs/lib/02_codebook.ipynb #606d28d6
+# %% ../nbs/lib/02_codebook.ipynb #38d111c8
 class WithCodebook(Statistics):
     "Base of a quantizer with a codebook `book`."
 
@@ -415,25 +441,15 @@ class WithCodebook(Statistics):
         """
         self.book.take(vectors)
 
-# %% ../nbs/lib/02_codebook.ipynb #960c850d
-class MovingAverage(Statistics):
-    """Running counts (k,) and sums (k, d) of each code's vectors (van den Oord et al. 2017, A.1).
+# %% ../nbs/lib/02_codebook.ipynb #19c08f41
+class _Sums(Statistics):
+    "Running counts (k,) and sums (k, d)."
 
-    Raises ValueError or TypeError for bad values.
-    """
-
-    def __init__(
-        self,
-        weight: Float[Tensor, "k d"],  # the table at the start
-        decay: float = 0.99,           # lambda
-        smoothing: float = 1e-5,       # epsilon of the Laplace smoothing, 0 for none
-    ):
+    def __init__(self, weight: Float[Tensor, "k d"]):
         super().__init__()
         check_vectors("weight", weight)
         if weight.ndim != 2:
             raise ValueError(f"weight must be (k, d), got shape {tuple(weight.shape)}")
-        self.decay = number("decay", decay, above=0, below=1)
-        self.smoothing = number("smoothing", smoothing, least=0)
         self.register_buffer("counts", weight.new_ones(len(weight)))
         self.register_buffer("sums", weight.detach().clone())
 
@@ -452,13 +468,32 @@ class MovingAverage(Statistics):
         self.counts.copy_(torch.where(which, 1.0, self.counts))
         self.sums.copy_(torch.where(which[:, None], vectors.to(self.sums.dtype), self.sums))
 
+# %% ../nbs/lib/02_codebook.ipynb #960c850d
+class MovingAverage(_Sums):
+    """Running counts (k,) and sums (k, d) of each code's vectors (van den Oord et al. 2017, A.1).
+
+    Vectors that are not finite are left out. Raises ValueError or TypeError for bad values.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "k d"],  # the table at the start
+        decay: float = 0.99,           # lambda
+        smoothing: float = 1e-5,       # epsilon of the Laplace smoothing, 0 for none
+    ):
+        super().__init__(weight)
+        self.decay = number("decay", decay, above=0, below=1)
+        self.smoothing = number("smoothing", smoothing, least=0)
+
     @torch.no_grad()
     def update(self, book: Codebook, z: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> None:
         "One step of the averages with a batch and its codes; writes the means into the codebook."
-        ones = torch.ones_like(codes, dtype=self.counts.dtype)
-        count = torch.zeros_like(self.counts).index_add_(0, codes, ones)
+        finite = finite_rows(z)
+        ones = torch.ones_like(codes) if finite is None else finite
+        count = torch.zeros_like(self.counts).index_add_(0, codes, ones.to(self.counts.dtype))
         self.counts.lerp_(total(count), 1 - self.decay)
-        added = torch.zeros_like(self.sums).index_add_(0, codes, z.to(self.sums.dtype))
+        vectors = only_finite(z, finite).to(self.sums.dtype)
+        added = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
         self.sums.lerp_(total(added), 1 - self.decay)
         n, eps = self.counts.sum(), self.smoothing
         smoothed = (self.counts + eps) / (n + len(self.counts) * eps) * n
@@ -492,15 +527,25 @@ class Replacement(nn.Module):
         if cheap_to_ask and not dead.any():
             return
         vectors = draw(z, len(dead))
+        finite = finite_rows(vectors)
+        if finite is not None:  # without a finite vector in the batch the dead stay dead
+            dead = dead & finite
         for table in tables:
             table.replace(dead, vectors)
         self.idle.masked_fill_(dead, 0)
 
     @torch.no_grad()
-    def note(self, codes: Int64[Tensor, "n"]) -> None:
-        "Count one more step for all but the codes chosen in it, by any process."
-        chosen = total(torch.zeros_like(self.idle).index_fill_(0, codes, 1))
-        self.idle.add_(1).masked_fill_(chosen > 0, 0)
+    def note(self, codes: Int64[Tensor, "n"], finite: Bool[Tensor, "n"] | None = None) -> None:
+        """Count one more step for all but the codes chosen in it, by any process.
+
+        finite: of `finite_rows`, whose choices count; None: all.
+        """
+        chosen = torch.zeros_like(self.idle)
+        if finite is None:
+            chosen.index_fill_(0, codes, 1)
+        else:
+            chosen.index_add_(0, codes, finite.to(chosen.dtype))
+        self.idle.add_(1).masked_fill_(total(chosen) > 0, 0)
 
     def extra_repr(self) -> str:
         return f"life_span={self.life_span}"

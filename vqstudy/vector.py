@@ -19,6 +19,7 @@ from .codebook import Codebook, LinearMap, MovingAffine, MovingAverage, Replacem
 from .codebook import WithCodebook
 from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian
 from .estimators import straight_through
+from .ranks import finite_rows
 from .search import nearest
 
 # %% ../nbs/lib/02b_vector.ipynb #25750f02
@@ -64,9 +65,9 @@ class Upkeep(WithCodebook):
         if self.average is not None:
             self.average.update(self.book, x, codes)
         if self.alive is not None:
-            self.alive.note(codes)
+            self.alive.note(codes, finite_rows(x))
 
-# %% ../nbs/lib/02b_vector.ipynb #7ad2d5d3
+# %% ../nbs/lib/02b_vector.ipynb #7c9a268e
 class GivenUpkeep(Upkeep):
     "Upkeep that begins again with a codebook that is given, or loaded without its averages."
 
