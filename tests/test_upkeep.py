@@ -1,6 +1,7 @@
 """What a codebook's upkeep promises: wide statistics, given codebooks, bad vectors, freezing."""
 
 import copy
+import pickle
 import pytest
 import torch
 from processes import in_processes
@@ -532,3 +533,102 @@ def test_a_compiled_step_leaves_bad_vectors_out(spec):
     assert all_finite(compiled)
     for name, value in state(eager).items():
         assert torch.allclose(value, state(compiled)[name], atol=1e-5), name
+
+
+# ---- a codebook that is frozen
+
+FROZEN = ["vq", "vq + ema", "vq + ema + replace", "vq + l2 + replace", "vq + affine"]
+FROZEN += ["vq + moving-affine + replace", "vq + refit", "simvq", "stochastic + ema", "optvq + ema"]
+FROZEN += ["vq + sync", "vq + alt", "vq + nsvq", "vq + rotation", "router", "router + tied"]
+FROZEN += ["gumbel", "sq"]
+
+
+def train_step(quantizer, optimizer, z):
+    leaf = z.clone().requires_grad_()
+    result = quantizer.train()(leaf)
+    (result.z_q.pow(2).sum() + result.loss).backward()
+    optimizer.step()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("spec", FROZEN)
+def test_nothing_of_a_frozen_quantizer_moves(spec):
+    quantizer = built(spec)
+    others = torch.nn.Parameter(torch.zeros(1))  # moving averages leave no parameter at all
+    optimizer = torch.optim.AdamW([*quantizer.parameters(), others], lr=0.1, weight_decay=0.1)
+    for seed in range(3):
+        train_step(quantizer, optimizer, maps(seed) + 3)  # the last gradients are left behind
+    assert not quantizer.frozen and quantizer.freeze() is quantizer and quantizer.frozen
+    before = state(quantizer)
+    for seed in range(5):
+        grad = train_step(quantizer, optimizer, maps(seed) - 3)
+        assert grad is not None and grad.abs().max() > 0
+        optimizer.zero_grad(set_to_none=False)
+    assert same(state(quantizer), before)
+    assert all(p.grad is None and not p.requires_grad for p in quantizer.parameters())
+    assert quantizer.unfreeze() is quantizer and not quantizer.frozen
+    train_step(quantizer, optimizer, maps(9))
+    assert not same(state(quantizer), before)
+
+
+def test_unfreezing_restores_what_learned():
+    quantizer = built("gumbel")
+    quantizer.head.weight.requires_grad_(False)
+    for _ in range(2):
+        quantizer.freeze().freeze()
+        quantizer.unfreeze().unfreeze()
+        learned = {name: p.requires_grad for name, p in quantizer.named_parameters()}
+        assert learned == {"book.weight": True, "head.weight": False, "head.bias": True}
+
+
+def test_requires_grad_alone_stops_the_gradients_alone():
+    quantizer = built("vq + ema + replace").requires_grad_(False)
+    before = state(quantizer)
+    quantizer(maps(0))
+    assert not quantizer.frozen and not same(state(quantizer), before)
+
+
+def test_copies_are_frozen_and_states_are_not():
+    quantizer = built("vq + ema")
+    keys = list(quantizer.state_dict())
+    quantizer.freeze()
+    assert copy.deepcopy(quantizer).frozen
+    assert pickle.loads(pickle.dumps(quantizer)).frozen
+    assert list(quantizer.state_dict()) == keys
+    fresh = built("vq + ema")
+    fresh.load_state_dict(quantizer.state_dict())
+    assert not fresh.frozen
+    quantizer.load_state_dict(fresh.state_dict())
+    assert quantizer.frozen
+
+
+@pytest.mark.parametrize("init", ["kmeans", "sample"])
+def test_a_codebook_that_waits_is_not_frozen(init):
+    quantizer = built("vq + ema", init=init)
+    with pytest.raises(RuntimeError, match="waits for its first training batch"):
+        quantizer.freeze()
+    assert not quantizer.frozen
+    quantizer.set_codebook(vectors("vq"))
+    quantizer.freeze()(maps(0))
+    assert torch.equal(quantizer.codebook, vectors("vq"))
+    quantizer.set_codebook(vectors("vq") + 1)  # what the user gives is taken all the same
+    assert torch.equal(quantizer.codebook, vectors("vq") + 1)
+
+
+def test_a_frozen_quantizer_takes_no_inner_step():
+    quantizer = built("vq + alt").freeze()
+    quantizer.inner_step = lambda loss: pytest.fail("an inner step")
+    quantizer(maps(0))
+
+
+@pytest.mark.parametrize("spec", ["vq + ema + replace", "vq + moving-affine", "vq + affine"])
+def test_a_frozen_step_compiles(spec):
+    torch._dynamo.reset()
+    quantizer = built(spec).freeze()
+    before = state(quantizer)
+    step = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    z = maps(0).requires_grad_()
+    result = step(z)
+    result.loss.backward()
+    assert z.grad.abs().max() > 0 and same(state(quantizer), before)
+    assert torch.equal(result.z_q, quantizer(z).z_q)

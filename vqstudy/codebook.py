@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'FROM_DATA', 'normal', 'uniform', 'kaiming', 'orthogonal', 'kmeans', 'sample', 'Affine', 'at_least_float32',
-           'Statistics', 'MovingAffine', 'LinearMap', 'Codebook', 'WithCodebook', 'MovingAverage', 'Replacement']
+           'Statistics', 'MovingAffine', 'LinearMap', 'Codebook', 'Freezable', 'WithCodebook', 'MovingAverage',
+           'Replacement']
 
 # %% ../nbs/lib/02_codebook.ipynb #331abfb2
 import math
@@ -127,7 +128,7 @@ class Affine(nn.Module):
     def extra_repr(self) -> str:
         return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
-# %% ../nbs/lib/02_codebook.ipynb #2f1f5212
+# %% ../nbs/lib/02_codebook.ipynb #b10d2d58
 def at_least_float32(x: Tensor) -> Tensor:
     "x, in float32 where its dtype is a narrower floating one."
     if not x.is_floating_point() or torch.finfo(x.dtype).bits >= 32:
@@ -178,7 +179,7 @@ def _mean_variance(
     mean = total(only_finite(x, finite).sum(0)) / n
     return mean, total(only_finite(x - mean, finite).pow(2).sum(0)) / n
 
-# %% ../nbs/lib/02_codebook.ipynb #4dc49714
+# %% ../nbs/lib/02_codebook.ipynb #401936dd
 class _Moments(Statistics):
     "Running mean and variance of z and of the table."
 
@@ -310,7 +311,7 @@ class _Table(nn.Module):
         "Where `which`: the code becomes that vector (given as used)."
         self.weight.copy_(torch.where(which[:, None], self.before_map(vectors), self.weight))
 
-# %% ../nbs/lib/02_codebook.ipynb #70497396
+# %% ../nbs/lib/02_codebook.ipynb #c9e31882
 class _Given(_Table):
     "A table for code vectors that are given."
 
@@ -346,7 +347,7 @@ class _Given(_Table):
             )
         return table
 
-# %% ../nbs/lib/02_codebook.ipynb #f2286c4e
+# %% ../nbs/lib/02_codebook.ipynb #d95b89e1
 class _Beginning(_Given):
     "How a codebook begins: drawn, from the data, given, or from a checkpoint."
 
@@ -421,8 +422,49 @@ class Codebook(_Beginning):
         k, d = self.weight.shape
         return f"{k} codes of width {d}, init={self.init}, l2={self.l2}"
 
-# %% ../nbs/lib/02_codebook.ipynb #38d111c8
-class WithCodebook(Statistics):
+# %% ../nbs/lib/02_codebook.ipynb #2ffaacc4
+class Freezable:
+    "Mixin of a quantizer that can be frozen, with all quantizers that it is made of."
+
+    # while frozen: the names of the parameters that learned before
+    _learned: tuple[str, ...] | None = None
+
+    @property
+    def frozen(self) -> bool:
+        "Does nothing of it move in training? Copied and pickled, but not part of the state_dict."
+        return self._learned is not None
+
+    def _members(self) -> list["Freezable"]:
+        return [m for m in self.modules() if isinstance(m, Freezable)]
+
+    def freeze(self) -> "Freezable":
+        """Stop all upkeep, and the gradients to the parameters, until `unfreeze`; returns self.
+
+        Raises RuntimeError for a codebook that waits for its first training batch.
+        """
+        if any(isinstance(m, Codebook) and m.waiting for m in self.modules()):
+            raise RuntimeError(
+                "a codebook that waits for its first training batch cannot be frozen: "
+                "take a training step, load a state or call set_codebook before"
+            )
+        for member in self._members():
+            if not member.frozen:
+                named = member.named_parameters()
+                member._learned = tuple(name for name, p in named if p.requires_grad)
+        for parameter in self.requires_grad_(False).parameters():
+            parameter.grad = None  # or an optimiser would take its next step with it
+        return self
+
+    def unfreeze(self) -> "Freezable":
+        "Go on: upkeep, and the gradients of the parameters that had them; returns self."
+        for member in self._members():
+            for name in member._learned or ():
+                member.get_parameter(name).requires_grad_(True)
+            member._learned = None
+        return self
+
+# %% ../nbs/lib/02_codebook.ipynb #23129275
+class WithCodebook(Freezable, Statistics):
     "Base of a quantizer with a codebook `book`."
 
     book: Codebook
@@ -441,7 +483,7 @@ class WithCodebook(Statistics):
         """
         self.book.take(vectors)
 
-# %% ../nbs/lib/02_codebook.ipynb #19c08f41
+# %% ../nbs/lib/02_codebook.ipynb #0c13f30b
 class _Sums(Statistics):
     "Running counts (k,) and sums (k, d)."
 

@@ -23,8 +23,8 @@ from .ranks import finite_rows
 from .search import nearest
 
 # %% ../nbs/lib/02b_vector.ipynb #25750f02
-class Upkeep(WithCodebook):
-    "What keeps a codebook alive around a training step."
+class _UpkeepParts(WithCodebook):
+    "Base of a quantizer with a codebook `book`: its moving averages, idle times and refit."
 
     def set_upkeep(
         self, decay: float | None, smoothing: float, life_span: int | None, refit: int | None
@@ -43,8 +43,14 @@ class Upkeep(WithCodebook):
         if self.average is not None:
             self.average.restart(self.book.weight)
 
+# %% ../nbs/lib/02b_vector.ipynb #bc294376
+class Upkeep(_UpkeepParts):
+    "What keeps a codebook alive around a training step."
+
     def before_batch(self, x: Float[Tensor, "n d"]) -> None:
-        "Upkeep before the assignment: begin, refit, running moments, revival."
+        "Upkeep before the assignment: begin, refit, running moments, revival; none if frozen."
+        if self.frozen:
+            return
         if self.book.waiting:
             self.begin(x)
         if self.refit:
@@ -61,13 +67,15 @@ class Upkeep(WithCodebook):
             self.alive.revive(x, *tables)
 
     def after_batch(self, x: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> None:
-        "Upkeep that needs the codes: moving averages, idle times."
+        "Upkeep that needs the codes: moving averages, idle times; none if frozen."
+        if self.frozen:
+            return
         if self.average is not None:
             self.average.update(self.book, x, codes)
         if self.alive is not None:
             self.alive.note(codes, finite_rows(x))
 
-# %% ../nbs/lib/02b_vector.ipynb #7c9a268e
+# %% ../nbs/lib/02b_vector.ipynb #7d94f746
 class GivenUpkeep(Upkeep):
     "Upkeep that begins again with a codebook that is given, or loaded without its averages."
 
@@ -268,6 +276,7 @@ class VectorQuantizer(NeedsDecoder, Committing, CodebookQuantizer):
     does not synchronise with the host, except for refit. Compiles with fullgraph=True once the
     codebook has begun, except for refit (k-means is no graph), "exact" and "hessian" (they run
     the decoder inside backward) and fused alternation (it steps inside forward).
+    `requires_grad_(False)` stops the gradients alone; `freeze()` stops the upkeep as well.
     """
 
     def __init__(
@@ -293,7 +302,7 @@ class VectorQuantizer(NeedsDecoder, Committing, CodebookQuantizer):
             self.before_batch(x.detach())
         codebook = self.codebook.to(x.dtype)
         codes = self.choose(x, codebook) if self.training else self.assign(x)
-        if self.training and self.inner_step is not None:
+        if self.training and self.inner_step is not None and not self.frozen:
             self.inner_step(self.codebook_loss(x, F.embedding(codes, codebook)))
             codebook = self.codebook.to(x.dtype)  # the codes stay; where they are has changed
         q = F.embedding(codes, codebook)
