@@ -128,7 +128,7 @@ class Affine(nn.Module):
     def extra_repr(self) -> str:
         return f"lr={self.lr}, groups={self.groups}, max_norm={self.max_norm}"
 
-# %% ../nbs/lib/02_codebook.ipynb #b10d2d58
+# %% ../nbs/lib/02_codebook.ipynb #ffcdad0b
 def at_least_float32(x: Tensor) -> Tensor:
     "x, in float32 where its dtype is a narrower floating one."
     if not x.is_floating_point() or torch.finfo(x.dtype).bits >= 32:
@@ -179,7 +179,7 @@ def _mean_variance(
     mean = total(only_finite(x, finite).sum(0)) / n
     return mean, total(only_finite(x - mean, finite).pow(2).sum(0)) / n
 
-# %% ../nbs/lib/02_codebook.ipynb #401936dd
+# %% ../nbs/lib/02_codebook.ipynb #eece9c4c
 class _Moments(Statistics):
     "Running mean and variance of z and of the table."
 
@@ -311,7 +311,7 @@ class _Table(nn.Module):
         "Where `which`: the code becomes that vector (given as used)."
         self.weight.copy_(torch.where(which[:, None], self.before_map(vectors), self.weight))
 
-# %% ../nbs/lib/02_codebook.ipynb #c9e31882
+# %% ../nbs/lib/02_codebook.ipynb #b88355db
 class _Given(_Table):
     "A table for code vectors that are given."
 
@@ -347,7 +347,7 @@ class _Given(_Table):
             )
         return table
 
-# %% ../nbs/lib/02_codebook.ipynb #d95b89e1
+# %% ../nbs/lib/02_codebook.ipynb #b3cb2796
 class _Beginning(_Given):
     "How a codebook begins: drawn, from the data, given, or from a checkpoint."
 
@@ -422,7 +422,7 @@ class Codebook(_Beginning):
         k, d = self.weight.shape
         return f"{k} codes of width {d}, init={self.init}, l2={self.l2}"
 
-# %% ../nbs/lib/02_codebook.ipynb #2ffaacc4
+# %% ../nbs/lib/02_codebook.ipynb #762ed4bc
 class Freezable:
     "Mixin of a quantizer that can be frozen, with all quantizers that it is made of."
 
@@ -458,12 +458,13 @@ class Freezable:
     def unfreeze(self) -> "Freezable":
         "Go on: upkeep, and the gradients of the parameters that had them; returns self."
         for member in self._members():
-            for name in member._learned or ():
-                member.get_parameter(name).requires_grad_(True)
+            for name, parameter in member.named_parameters():
+                if name in (member._learned or ()):
+                    parameter.requires_grad_(True)
             member._learned = None
         return self
 
-# %% ../nbs/lib/02_codebook.ipynb #23129275
+# %% ../nbs/lib/02_codebook.ipynb #d496e69d
 class WithCodebook(Freezable, Statistics):
     "Base of a quantizer with a codebook `book`."
 
@@ -483,7 +484,7 @@ class WithCodebook(Freezable, Statistics):
         """
         self.book.take(vectors)
 
-# %% ../nbs/lib/02_codebook.ipynb #0c13f30b
+# %% ../nbs/lib/02_codebook.ipynb #6b75ba5b
 class _Sums(Statistics):
     "Running counts (k,) and sums (k, d)."
 
