@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from .base import Quantizer
 from .checks import whole
-from .codebook import Codebook
+from .codebook import Codebook, WithCodebook
 from .estimators import estimate, full
 from .kernels import on_gpu, operator, tiles
 
@@ -123,7 +123,7 @@ def negentropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
     return (logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 # %% ../nbs/lib/02bb_logits.ipynb #33943244
-class TableQuantizer(Quantizer):
+class TableQuantizer(WithCodebook, Quantizer):
     "Base of quantizers with a free table of code vectors, `book`, of width `code_dim` (None: dim)."
 
     def __init__(

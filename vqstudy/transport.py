@@ -8,10 +8,10 @@ __all__ = ['sinkhorn', 'sinkhorn_codes', 'OptVQ']
 # %% ../nbs/lib/02e_transport.ipynb #353183b3
 import math
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from .checks import number, whole
-from .ranks import joined, ranks, total
+from .ranks import finite_count, finite_rows, joined, only_finite, ranks, total
 from .vector import VectorQuantizer
 from .search import check_vectors
 
@@ -23,16 +23,25 @@ def _column_sums(x: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
 
 
 def _potentials(
-    scores: Float[Tensor, "n k"], iterations: int
+    scores: Float[Tensor, "n k"],
+    iterations: int,
+    finite: Bool[Tensor, "n"] | None = None,  # which rows are given away; None: all
 ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "k"]]:
     "f and g with exp(f + g + scores) near uniform columns and with exact rows."
-    log_n = total(scores.new_full((), len(scores))).log()
+    count = finite_count(scores, finite).clamp_min(1)
+    log_n = count.to(scores.dtype).log()
     log_k = math.log(scores.shape[1])
     f, g = scores.new_zeros(len(scores), 1), scores.new_zeros(scores.shape[1])
+    # a row with f of -inf adds nothing to the columns
+    out = None if finite is None else torch.where(finite, 0.0, -torch.inf)[:, None]
+    if out is not None:
+        f = f + out
     # the rows last: each vector is given away in full, however few the iterations
     for _ in range(iterations):
         g = -log_k - _column_sums(scores + f)
         f = -log_n - (scores + g).logsumexp(1, keepdim=True)
+        if out is not None:
+            f = f + out
     return f, g
 
 # %% ../nbs/lib/02e_transport.ipynb #0fbf9022
@@ -57,11 +66,13 @@ def sinkhorn(
         return (scores + f + g).exp()
 
 # %% ../nbs/lib/02e_transport.ipynb #58840a0c
-def _standard_deviation(cost: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
-    "Of all entries, over the batch of all processes; 1 where they are all the same."
-    count = total(cost.new_full((), cost.numel()))
-    mean = total(cost.sum()) / count
-    variance = total((cost - mean).pow(2).sum()) / count
+def _standard_deviation(
+    cost: Float[Tensor, "n k"], finite: Bool[Tensor, "n"] | None
+) -> Float[Tensor, ""]:
+    "Of all entries of finite rows, over the batch of all processes; 1 where they are all the same."
+    count = (finite_count(cost, finite) * cost.shape[1]).clamp_min(1).to(cost.dtype)
+    mean = total(only_finite(cost, finite).sum()) / count
+    variance = total(only_finite(cost - mean, finite).pow(2).sum()) / count
     return torch.where(variance > 0, variance, 1.0).sqrt()
 
 
@@ -71,6 +82,7 @@ def sinkhorn_codes(
     codebook: Float[Tensor, "k d"],
     epsilon: float = 0.1,
     iterations: int = 5,
+    check_finite: bool | None = None,  # as `check_vectors` takes it, of x
 ) -> Int64[Tensor, "n"]:
     """The code to which the transport plan sends most of each vector (Zhang et al. 2024, OptVQ).
 
@@ -81,13 +93,14 @@ def sinkhorn_codes(
     number("epsilon", epsilon, above=0)
     whole("iterations", iterations)
     check_vectors("codebook", codebook)
-    check_vectors("x", x, codebook.shape[-1])
+    check_vectors("x", x, codebook.shape[-1], check_finite)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        cost = torch.cdist(x.to(dtype), codebook.to(dtype))
-        scores = cost / (-epsilon * _standard_deviation(cost))
+        finite = finite_rows(x)
+        cost = torch.cdist(only_finite(x, finite).to(dtype), codebook.to(dtype))
+        scores = cost / (-epsilon * _standard_deviation(cost, finite))
         # a row's potential f is the same for all its codes and decides nothing
-        return (scores + _potentials(scores, iterations)[1]).argmax(1)
+        return (scores + _potentials(scores, iterations, finite)[1]).argmax(1)
 
 # %% ../nbs/lib/02e_transport.ipynb #2ac3a30b
 class OptVQ(VectorQuantizer):
@@ -114,4 +127,5 @@ class OptVQ(VectorQuantizer):
 
     def choose(self, x, codebook):
         with torch.no_grad():
-            return sinkhorn_codes(x, codebook, self.epsilon, self.iterations)
+            # x has been looked at, or is not to be
+            return sinkhorn_codes(x, codebook, self.epsilon, self.iterations, check_finite=False)
