@@ -14,7 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantizer, linear
 from .checks import flag, whole
+from .codebook import Freezable
 from .estimators import estimate, none
+from .search import check_vectors
 from .vector import NeedsDecoder, VectorQuantizer
 
 # %% ../nbs/lib/02f_composed.ipynb #72e6e959
@@ -48,8 +50,29 @@ def _wide(q: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     "At least in float32: sums are made as wide as forward makes them, and rounded once."
     return q.to(torch.promote_types(q.dtype, torch.float32))
 
+# %% ../nbs/lib/02f_composed.ipynb #9c392100
+class _GivenCodebooks(Freezable):
+    "Mixin of `_Composed`: its parts' codebooks are given, checked and frozen together."
+
+    def check_codebook(self, vectors: Float[Tensor, "*parts k d"]) -> None:
+        "Raises TypeError or ValueError for what `set_codebook` refuses; changes nothing."
+        check_vectors("vectors", vectors, check_finite=True)
+        if len(vectors) != len(self.parts):
+            words = f"vectors must be one codebook per part ({len(self.parts)})"
+            raise ValueError(f"{words}, got shape {tuple(vectors.shape)}")
+        for part, of_part in zip(self.parts, vectors):
+            if not hasattr(part, "check_codebook"):
+                raise ValueError(f"the codebook of {type(part).__name__} cannot be given")
+            part.check_codebook(of_part)
+
+    def set_codebook(self, vectors: Float[Tensor, "*parts k d"]) -> None:
+        "Each part's codebook, of the shape of `codebook`; all are checked before any changes."
+        self.check_codebook(vectors)
+        for part, of_part in zip(self.parts, vectors):
+            part.set_codebook(of_part)
+
 # %% ../nbs/lib/02f_composed.ipynb #0d4dcb8b
-class _Composed(Quantizer):
+class _Composed(_GivenCodebooks, Quantizer):
     "Base of quantizers made of `parts`."
 
     def __init__(
@@ -76,8 +99,13 @@ class _Composed(Quantizer):
     def decode(self, codes: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
         "What the codes stand for, in the dtype of the parts."
         q = super().decode(codes)
-        kept = (t.dtype for t in self.state_dict().values() if t.is_floating_point())
+        # statistics, such as a temperature, are wide in a narrow model too
+        kept = (t.dtype for name, t in self.state_dict().items() if name.endswith("weight"))
         return q.to(next(kept, q.dtype))
+
+    def remind(self) -> None:
+        for part in self.parts:
+            part.remind()
 
     def anneal(self, progress: float) -> None:
         for part in self.parts:

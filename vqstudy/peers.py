@@ -210,10 +210,7 @@ def _our_step(
     g: Float[Tensor, "n d"],
 ) -> Callable[[], Int64[Tensor, "n"]]:
     "`_step` of one of our quantizers, with this codebook."
-    module.book.weight.data.copy_(codebook)
-    if module.average is not None:
-        module.average.sums.copy_(codebook)
-        module.average.counts.fill_(1)
+    module.set_codebook(codebook)
     return _step(module.to(z.device).train(), z, g)
 
 # %% ../nbs/lib/12a_peers.ipynb #c89a9674

@@ -140,7 +140,9 @@ def _asking(model: nn.Module) -> list[Quantizer]:
 
 
 def _alternating(model: nn.Module) -> list[Quantizer]:
-    return [q for q in _quantizers(model) if getattr(q, "alternate", False)]
+    "The quantizers that take inner steps; a frozen one takes none."
+    alternating = [q for q in _quantizers(model) if getattr(q, "alternate", False)]
+    return [q for q in alternating if not q.frozen]
 
 # %% ../nbs/lib/08_train.ipynb #818480ac
 class Updates:
