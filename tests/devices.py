@@ -83,9 +83,9 @@ class AnyGrid:
 REAL_AUTOCAST = torch.autocast
 
 
-def autocast(device_type: str, **options: Any):
+def autocast(device_type: str, *more: Any, **options: Any):
     "torch's, which knows no meta device."
-    return nullcontext() if device_type == "meta" else REAL_AUTOCAST(device_type, **options)
+    return nullcontext() if device_type == "meta" else REAL_AUTOCAST(device_type, *more, **options)
 
 
 @contextmanager

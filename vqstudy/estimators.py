@@ -72,13 +72,18 @@ def estimate(
 def _as_here(rule: Rule, device_type: str) -> Rule:
     "A rule that asks the decoder, in backward, under the autocast that is on now."
     asks = isinstance(rule, partial) and "loss_at" in rule.keywords
-    if not asks or not torch.is_autocast_enabled(device_type):
+    # some devices, such as meta, know no autocast
+    if not asks or not torch.amp.is_autocast_available(device_type):
+        return rule
+    if not torch.is_autocast_enabled(device_type):
         return rule
     return partial(rule, loss_at=under_autocast(rule.keywords["loss_at"], device_type))
 
 
 def under_autocast(f: Callable, device_type: str) -> Callable:
     "f under the autocast of now, whenever it is called: backward runs outside the forward's."
+    if not torch.amp.is_autocast_available(device_type):
+        return f
     dtype = torch.get_autocast_dtype(device_type)
     return torch.autocast(device_type, dtype, torch.is_autocast_enabled(device_type))(f)
 
