@@ -131,10 +131,10 @@ def _form(x: Tensor) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 # %% ../nbs/lib/07a_checkpoint.ipynb #87e21c6a
-def _code(code: CodeType, doc: str | None) -> str:
+def _describe_code(code: CodeType, doc: str | None) -> str:
     "Digest of what a function does; its docstring, its lines and its file are left out."
     constants = [
-        _code(c, None) if isinstance(c, CodeType) else describe(c)
+        _describe_code(c, None) if isinstance(c, CodeType) else describe(c)
         for c in code.co_consts
         if c is None or c != doc
     ]
@@ -142,7 +142,7 @@ def _code(code: CodeType, doc: str | None) -> str:
 
 
 def _describe_function(f: FunctionType, depth: int) -> str:
-    words = f"{f.__qualname__} (code {_code(f.__code__, f.__doc__)[:8]})"
+    words = f"{f.__qualname__} (code {_describe_code(f.__code__, f.__doc__)[:8]})"
     held = dict(f.__kwdefaults__ or {})
     # argument defaults stand at the end of the arguments
     names = f.__code__.co_varnames[: f.__code__.co_argcount]

@@ -9,7 +9,6 @@ __all__ = ['GroupQuantizer', 'ResidualQuantizer', 'split_scales', 'join_scales',
 import copy
 from collections.abc import Callable, Iterable
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantizer, linear

@@ -20,7 +20,7 @@ from .cells import notebook_path, parameters, plan, root, sweep, sweeps
 from .checks import one_of
 from .processes import Guard, adopt, end_children, engine, gpu, gpus, redirected, slots
 from .processes import keep_caches, wants_gpu
-from .records import Source, collect, commit, found, in_results, locked, make_record
+from .records import NotebookSource, collect, commit, found, in_results, locked, make_record
 from .records import memory, now
 from .records import provenance, read_record, read_table, results_folder, save_record
 from .records import state, write
@@ -47,7 +47,7 @@ class _Place:
     def __init__(self, notebook: str | Path, cell: str, namespace: dict[str, Any]):
         self.cell = cell
         self.given = namespace.get("out")
-        self.source = Source(notebook, namespace)
+        self.source = NotebookSource(notebook, namespace)
         self.alone = "VQSTUDY_WATCH" not in os.environ
         path, same = self.source.found()
         if not self.alone and path and path.stem != Path(notebook).stem:
