@@ -161,7 +161,7 @@ def ready(
             skipped[name] = f"failed: {type(error).__name__}: {error}"
     return calls, skipped
 
-
+# %% ../nbs/lib/13_bench.ipynb #e27475d1
 def _why_not(peer: Any, pairs: int, device: str, room: float) -> str | None:
     "Why a peer need not even be prepared, or None."
     if device not in peer.where:

@@ -63,7 +63,7 @@ def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
 class DamagedCheckpoint(ValueError):
     "A file is no checkpoint, or not a whole one; names it and what to do."
 
-
+# %% ../nbs/lib/07a_checkpoint.ipynb #ad3f60a2
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, on the CPU, executing nothing.
 
@@ -170,7 +170,7 @@ def describe(value: Any, depth: int = 4) -> str:
     words = _describe(value, depth)
     return words if len(words) <= MOST else f"{words[: MOST // 2]}... {blake2(words)}"
 
-
+# %% ../nbs/lib/07a_checkpoint.ipynb #029110c0
 def _describe(value: Any, depth: int) -> str:
     if value is None or isinstance(value, PLAIN):
         return repr(value)

@@ -153,7 +153,7 @@ def cache_folder() -> Path:
     except RuntimeError:
         return Path(gettempdir()) / "vqstudy"
 
-
+# %% ../nbs/lib/06_data.ipynb #a7a878b3
 def cache_file(source: Source, size: int | None, limit: int | None) -> Path:
     """Where the decoded rows of `source` are kept.
 
@@ -253,7 +253,7 @@ def _listing(folder: Path, first: int) -> str:
     names = sorted(path.name for path in folder.glob("[!.]*"))
     return ", ".join(names[:first] + ["..."] * (len(names) > first)) or "nothing"
 
-
+# %% ../nbs/lib/06_data.ipynb #80129d63
 def _how_to_get(root: Path, name: str, split: str) -> str:
     "Where a set was looked for, the command that gets it, and the sets that there are."
     words = "|".join(SPLITS[split])

@@ -107,7 +107,7 @@ def decode_image(
         image = _centre_square(image, size, share)
     return np.asarray(image).transpose(2, 0, 1)
 
-
+# %% ../nbs/lib/05b_decode.ipynb #e0f334a7
 def _centre_square(image: Image.Image, size: int, share: float | None) -> Image.Image:
     w, h = image.size
     side = min(w, h) if share is None else min(w * share, h)

@@ -345,7 +345,7 @@ def training_step(
 
     return call
 
-
+# %% ../nbs/lib/12a_peers.ipynb #069862db
 RECIPES = {spec: Peer(partial(training_step, spec), to="none") for spec in recipes()}
 
 

@@ -108,7 +108,7 @@ def _parquet_folders(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} holds {len(found)} configurations, {names}: {remedy}")
     return found
 
-
+# %% ../nbs/lib/05c_sources.ipynb #0b075490
 def find_parquet(root: Path, name: str, split: str) -> Source | None:
     """The set as Parquet files under `root`, or None.
 
@@ -312,7 +312,7 @@ def _image_files(folder: Path) -> list[Path]:
             hashed[hashlib.sha256(path.encode()).digest()] = file
     return [hashed[digest] for digest in sorted(hashed)]
 
-
+# %% ../nbs/lib/05c_sources.ipynb #347bdbad
 def find_folder(root: Path, name: str, split: str) -> Source | None:
     "Class folders `<name>/<split>/<class>/`, any prefix of their images a fair sample; or None."
     for word in SPLITS[split]:

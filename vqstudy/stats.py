@@ -148,7 +148,7 @@ def _turned(found: Contrast) -> Contrast:
     ends = dict(effect=-found.effect, low=-found.high, high=-found.low)
     return found._replace(**ends, up=found.down, down=found.up)
 
-
+# %% ../nbs/lib/10_stats.ipynb #153005ca
 def verdict(found: Contrast | None, says: str, smallest: float) -> str:
     """One of VERDICTS, for a contrast (None: no runs) and the smallest effect of interest.
 

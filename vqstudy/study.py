@@ -321,7 +321,7 @@ def _prepare(cell: Cell) -> None:
         for library in ("OMP", "MKL", "OPENBLAS"):
             os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
-
+# %% ../nbs/lib/11_study.ipynb #dc488912
 def run_cell(name: str, scale: str, cell: str) -> int:
     """Run one cell of a sweep and leave its record, whole, or what tells why there is none.
 
@@ -665,7 +665,7 @@ def _obey(given: argparse.Namespace) -> int:
 # what a user can mend; anything else is a fault of this project and shows its traceback
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
-
+# %% ../nbs/lib/11_study.ipynb #271f7298
 def main(words: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     given = _arguments(words)
