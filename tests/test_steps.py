@@ -103,6 +103,35 @@ def test_fused_alternation_cannot_be_run_again():
         loss.backward()
 
 
+@pytest.mark.parametrize("spec", ["vq + ema", "vq + replace", "vq + moving-affine"])
+def test_compiled_upkeep_refuses_to_be_run_again(spec):
+    torch._dynamo.reset()
+    quantizer = built(spec, init="normal")
+    compiled = torch.compile(quantizer, backend="aot_eager")
+    z = maps(0).requires_grad_()
+    compiled(z).loss.backward()
+    before, z = state(quantizer), maps(3).requires_grad_()
+    loss = checkpoint(lambda z: compiled(z).loss, z, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="compile the function that calls checkpoint"):
+        loss.backward()
+    assert not same(before, state(quantizer))  # of the first run
+
+
+@pytest.mark.parametrize("spec", ["vq", "vq + ema + replace", "vq + moving-affine"])
+def test_compiled_around_the_segment_the_pass_is_counted_once(spec):
+    torch._dynamo.reset()
+    plain, again = built(spec, init="normal"), built(spec, init="normal")
+    segment = lambda z: checkpoint(lambda y: again(y).z_q, z, use_reentrant=False)
+    compiled = torch.compile(segment, backend="aot_eager")
+    for step in range(3):
+        a, b = maps(step).requires_grad_(), maps(step).requires_grad_()
+        plain(a).z_q.pow(2).sum().backward()
+        compiled(b).pow(2).sum().backward()
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+    a, b = state(plain), state(again)
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
 # ---- passes that are one step
 
 ADDED = ["vq + ema", "vq + ema + replace", "vq + l2 + ema", "vq + replace", "optvq + ema"]

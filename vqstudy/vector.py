@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Annealed, Quantized, QuantizedRows, Quantizer, Reminder, commitment
-from .base import gumbel_noise, recomputing
+from .base import gumbel_noise, recomputing, refuse_second_run
 from .checks import flag, number, one_of, typed, whole
 from .codebook import STARTS, Codebook, LinearMap, MovingAffine, MovingAverage
 from .codebook import Replacement, WithCodebook
@@ -50,8 +50,9 @@ class _UpkeepParts(WithCodebook):
         # of all that is random here, and moves no other draw
         random = life_span or refit or self.book.waiting
         self.register_buffer("key", new_key() if random else None)
+        self.register_buffer("runs", torch.zeros((), dtype=torch.int64), persistent=False)
 
-# %% ../nbs/lib/02b_vector.ipynb #771dadb6
+# %% ../nbs/lib/02b_vector.ipynb #b4dbbdf5
 class _Settling(_UpkeepParts):
     "What changes the codebook at once: a beginning, and whoever is about to look at it."
 
@@ -67,6 +68,11 @@ class _Settling(_UpkeepParts):
             self.average.settle(self.book)
         if self.alive is not None:
             self.alive.settle()
+
+    def moves(self) -> bool:
+        "Whether a training pass changes anything, once the codebook has begun."
+        has = self.average, self.alive, self.refit
+        return any(has) or isinstance(self.book.map, MovingAffine)
 
     def train(self, mode: bool = True) -> "Upkeep":
         if not mode:
@@ -88,6 +94,8 @@ class Upkeep(_Settling):
         """
         if self.frozen or recomputing():
             return
+        if torch.compiler.is_compiling() and self.moves():
+            refuse_second_run(self.runs)
         if not self.same_step:
             self.settle()
             if self.key is not None:
@@ -120,7 +128,7 @@ class Upkeep(_Settling):
         if self.alive is not None:
             self.alive.gather(codes, finite_rows(x), self.processes)
 
-# %% ../nbs/lib/02b_vector.ipynb #77eb8037
+# %% ../nbs/lib/02b_vector.ipynb #99680b78
 def same_step(model: nn.Module, on: bool = True) -> None:
     "Whether the next training passes go on with the step of the pass before, in all codebooks."
     typed("model", model, nn.Module, "a torch.nn.Module")
