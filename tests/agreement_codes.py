@@ -69,7 +69,8 @@ SOFT = [
         f"{GAUSSIAN}, gaussian_1",
         "`sq, variant=1`",
         partial(sqvae, 1, as_released=True),
-        "theirs: the variance is 1 + exp(s), as its log-variance is 0; ours and the paper's exp(s)",
+        "theirs: the variance is 1 + exp(s), as a log-variance of 0 is added; ours: a learned "
+        "scalar alone, exp(s), as in the paper",
         dict.fromkeys(COLUMNS, (1e-6, 1e6)),
     ),
     Row(
@@ -274,7 +275,13 @@ REST = [
         "`vq + nsvq`",
         lambda: perturbed("vq + nsvq", authors.nsvq),
         "theirs adds 1e-12 to the noise's length",
-        most=1e-11,
+        dict.fromkeys(("value", "z", "codebook"), (1e-14, 1e-11)),
+    ),
+    Row(
+        "the same, without the 1e-12",
+        f"{NSVQ}, `NSVQ`",
+        "`vq + nsvq`",
+        lambda: perturbed("vq + nsvq", partial(authors.nsvq, eps=0.0)),
     ),
     Row(
         "DiVeQ",
@@ -293,12 +300,17 @@ REST = [
     Row(
         "OptVQ's plan",
         f"{OPTVQ}, `sinkhorn`",
-        "`sinkhorn(cost, 0.1, 5)`",
+        "`sinkhorn(cost, epsilon=0.1, iterations=5)`",
         partial(plans, eps=1e-8),
         "theirs adds 1e-8 to every sum that it divides by; epsilon=10 there is 1/10 here",
         {"value": (1e-4, 1.0)},
     ),
-    Row("the same, without the 1e-8", f"{OPTVQ}, `sinkhorn`", "`sinkhorn`", partial(plans, eps=0.0)),
+    Row(
+        "the same, without the 1e-8",
+        f"{OPTVQ}, `sinkhorn`",
+        "`sinkhorn(cost, epsilon=0.1, iterations=5)`",
+        partial(plans, eps=0.0),
+    ),
     Row(
         "OptVQ, 1,024 vectors and 256 codes",
         f"{SINKHORN}, use_prob=False, loss_q_type='l2'",

@@ -297,7 +297,8 @@ AVERAGES = [
         EMA,
         "`vq + ema`",
         partial(averaged, rosinality),
-        "codebook: the table",
+        "codebook: the table. (taming's class cannot be made as it stands: it asks for arguments "
+        "under other names than its own)",
     ),
     Row(
         "the first step, as each begins",
@@ -403,7 +404,8 @@ GRADIENTS = [
         f"{VQGAN}, `rot_trick`; table_4 (ViT-VQGAN)",
         "`vq + rotation, project=True`",
         lambda: with_rule(rotation(project=True), authors.rotated_direction),
-        "theirs turns z/|z| and lets the gradient through the division: nothing along z is left",
+        "theirs turns the unit vector of z, and the gradient passes the division: nothing along z "
+        "is left",
     ),
     Row(
         "the same without the scale",
@@ -412,15 +414,17 @@ GRADIENTS = [
         lambda: with_rule(
             rotation("unit", project=True), partial(authors.rotated_direction, scaled=False)
         ),
-        "theirs has the factor 1/|z|, where the paper (A.9) and ours have 1; `+ l2` makes it 1",
+        "theirs has a factor of one over the length of z, where the paper (A.9) and ours have 1; "
+        "`+ l2` makes it 1",
         {"z": (1e-3, 100.0)},
     ),
     Row(
         "the same, its factor in a rule of one's own",
         f"{VQGAN}, `no_grad_scale`",
-        "`VectorQuantizer(rule=...)`: that over |z|",
+        "`VectorQuantizer(rule=...)`: that over the length of z",
         lambda: with_rule(over_length, partial(authors.rotated_direction, scaled=False)),
     ),
+    # (where recipes take `project` for the reflection, "`vq + reflection, project=True`" goes here)
     Row(
         "Reflection, released for VQGAN",
         f"{VQGAN}, `ref_trick`",
