@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 import torch
 from torch import Tensor, nn
 import oracles_authors as authors
@@ -222,12 +223,6 @@ ALTERNATION = [
 
 DECAY = 0.9
 
-# Until `MovingAverage` has an option for it, the start of the averages is set like this.
-# (An option's name goes here, and with it into the table.)
-START = "copy their start into `average.counts` and `average.sums`"
-STARTED = "`vq + ema`, and their start"
-
-
 def average_of(quantizer: VectorQuantizer, counts: Tensor, sums: Tensor) -> None:
     quantizer.average.counts.copy_(counts)
     quantizer.average.sums.copy_(sums)
@@ -244,23 +239,24 @@ def table_and_data(chosen: int) -> tuple[Tensor, list[Tensor]]:
 def averaged(
     theirs: Callable,  # (z, table, counts, sums, step) -> table, counts, sums
     start: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,  # their counts and sums
-    started: bool = True,  # ours begin as theirs, or one step from both starts
-    smoothing: Callable[[int], float] = lambda step: 1e-5,  # ours at a step
+    steps: int = STEPS,
+    **options: Any,  # of ours
 ) -> dict[str, float]:
     "Largest differences over some steps; codebook: the table after them."
-    # at the start a part of the codes is left out
-    table, batches = table_and_data(K if started else 3 * K // 4)
-    steps = STEPS if started else 1
-    quantizer = recipe("vq + ema", D, K, decay=DECAY).double().train()
+    # where one step shows how the averages begin, a part of the codes is left out
+    table, batches = table_and_data(K if steps > 1 else 3 * K // 4)
+    quantizer = recipe("vq + ema", D, K, decay=DECAY, **options).double().train()
     quantizer.set_codebook(table)
-    counts, sums = (1.0 + torch.rand(K).double(), 2 * table) if start is None else start(table)
-    if started:
+    if start is None:
+        counts, sums = 1.0 + torch.rand(K).double(), 2 * table
         average_of(quantizer, counts, sums)
+    else:
+        counts, sums = start(table)
     found = []
     for step, z in enumerate(batches[:steps], 1):
-        quantizer.average.smoothing = smoothing(step)
         found.append(beside(quantizer, lambda x, p: authors.vq(x, table, 0.25, 0.0), z))
         table, counts, sums = theirs(z, table, counts, sums, step)
+        quantizer.settle()
         found[-1]["codebook"] = larger(quantizer.codebook, table)
     return worst(found)
 
@@ -304,62 +300,59 @@ AVERAGES = [
         "the first step, as each begins",
         EMA,
         "`vq + ema`",
-        partial(averaged, rosinality, counts_zero, started=False),
+        partial(averaged, rosinality, counts_zero, steps=1),
         "theirs: counts 0, sums the table; a code that the first batch leaves out flies away, to "
-        f"1e5 times where it was. Ours: counts 1. To begin as theirs: {START}",
+        "1e5 times where it was. Ours: counts 1. To begin as theirs: ema_start='uncounted'",
         BEGINS,
     ),
     Row(
         f"{STEPS} steps, begun as theirs",
         EMA,
-        STARTED,
-        partial(averaged, rosinality, counts_zero),
+        "`vq + ema, ema_start='uncounted'`",
+        partial(averaged, rosinality, counts_zero, ema_start="uncounted"),
     ),
     Row(
         "the first step, as each begins",
         f"{SONNET}, `VectorQuantizerEMA`",
         "`vq + ema`",
-        partial(averaged, sonnet, both_zero, started=False),
-        "theirs: counts 0, sums 0; a code that the first batch leaves out goes to the origin. "
-        f"Likewise: {START}",
+        partial(averaged, sonnet, both_zero, steps=1),
+        "theirs: counts 0, sums 0, both divided by 1 - decay^step; a code that the first batch "
+        "leaves out goes to the origin. To begin as theirs: ema_start='zero'",
         BEGINS,
     ),
     Row(
         f"{STEPS} steps, begun as theirs",
         f"{SONNET}, `VectorQuantizerEMA`",
-        STARTED,
-        partial(averaged, sonnet, both_zero),
-        "theirs divides both averages by 1 - decay^step, which cancels but for the smoothing",
-        {"codebook": (1e-9, 1e-3), "value": (0.0, 1e-3), "z": (0.0, 1e-3), "loss": (0.0, 1e-3)},
-    ),
-    Row(
-        "the same, smoothing times 1 - decay^step here",
-        f"{SONNET}, `VectorQuantizerEMA`",
-        f"{STARTED}, smoothing=1e-5 * (1 - decay**step)",
-        partial(averaged, sonnet, both_zero, smoothing=lambda step: 1e-5 * (1 - DECAY**step)),
+        "`vq + ema, ema_start='zero'`",
+        partial(averaged, sonnet, both_zero, ema_start="zero"),
     ),
     Row(
         "the first step, as each begins",
         f"{ZALANDO}, `VectorQuantizerEMA`",
         "`vq + ema`",
-        partial(averaged, zalando, sums_random, started=False),
-        "theirs: counts 0, sums random and not the table's; a code left out flies away. "
-        f"Likewise: {START}",
+        partial(averaged, zalando, sums_random, steps=1),
+        "theirs: counts 0, sums random and not the table's; a code left out flies away. No setting",
         BEGINS,
     ),
     Row(
-        f"{STEPS} steps, begun as theirs",
+        f"{STEPS} steps, both from the table's sums",
         f"{ZALANDO}, `VectorQuantizerEMA`",
-        STARTED,
-        partial(averaged, zalando, counts_zero),
+        "`vq + ema, ema_start='uncounted'`",
+        partial(averaged, zalando, counts_zero, ema_start="uncounted"),
         "theirs keeps the smoothed counts and averages them on",
         {"codebook": (1e-9, 0.1), "value": (0.0, 1e-2), "z": (0.0, 1e-2), "loss": (0.0, 1e-2)},
     ),
     Row(
         "the same without smoothing, on both sides",
         f"{ZALANDO}, `VectorQuantizerEMA(epsilon=0)`",
-        f"{STARTED}, smoothing=0.0",
-        partial(averaged, partial(zalando, eps=0.0), counts_zero, smoothing=lambda step: 0.0),
+        "`vq + ema, ema_start='uncounted', smoothing=0.0`",
+        partial(
+            averaged,
+            partial(zalando, eps=0.0),
+            counts_zero,
+            ema_start="uncounted",
+            smoothing=0.0,
+        ),
     ),
 ]
 
