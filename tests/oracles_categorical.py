@@ -83,7 +83,9 @@ def router(quantizer, z, p):
         to_z, to_q = (z - q.detach()).pow(2).mean(), (q - z.detach()).pow(2).mean()
         loss = quantizer.alpha * ((1 - quantizer.beta) * to_z + quantizer.beta * to_q)
     if quantizer.double_loss:
-        loss = loss + quantizer.double_loss * (out - z).pow(2).mean()
+        q = hard @ E
+        pulls = (out - z).pow(2) + (z - q.detach()).pow(2) + 0.25 * (q - z.detach()).pow(2)
+        loss = loss + quantizer.double_loss * pulls.mean()
     if quantizer.entropy:
         t = torch.softmax(logits / quantizer.entropy_temperature, 1)
         log_mean = (t.mean(0) + quantizer.entropy_eps).log()

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqstudy.gumbel import GumbelQuantizer
 from vqstudy.logits import route, sharp
-from vqstudy.quantizers import recipe
+from vqstudy.quantizers import keywords, recipe
 from vqstudy.router import RouterQuantizer, attend, entropy_term, routed
 from vqstudy.sqvae import SQQuantizer
 
@@ -338,7 +338,7 @@ def test_a_tied_router_and_a_copy_start_alike():
 
 # --- As released
 
-IBQ = dict(alpha=1.25, beta=0.2, double_loss=1.0, entropy=0.05, entropy_eps=1e-5)
+IBQ = dict(double_loss=1.0, entropy=0.05, entropy_eps=1e-5)
 
 
 def compared(out, theirs, leaves, g):
@@ -361,7 +361,7 @@ def test_a_tied_router_with_ibqs_losses_is_ibq(n, d, k):
     leaves = (z.requires_grad_(), quantizer.book.weight)
     largest = compared(quantizer(z), released_ibq(z, quantizer.book.weight), leaves, g)
     assert max(largest) < 1e-13, largest
-    for left_out in ("double_loss", "entropy_eps", "alpha"):
+    for left_out in IBQ:
         other = recipe("router + tied", d, k, **IBQ | {left_out: 0.0}).double()
         other.load_state_dict(quantizer.state_dict())
         assert abs(other(z).loss - quantizer(z).loss) > 1e-7, left_out
@@ -376,6 +376,11 @@ def test_the_double_loss_reaches_every_code_and_the_commitment_the_chosen_ones()
         out.loss.backward()
         moved = quantizer.book.weight.grad.abs().sum(1) > 0
         assert moved.all() if everywhere else moved.sum() == len(out.codes.unique()) < 32
+
+
+def test_no_keyword_of_vqs_commitment_loss_reaches_a_router():
+    "A notebook hands its alpha and beta to every recipe that takes them."
+    assert not {"alpha", "beta"} & set(keywords("router + tied"))
 
 
 def test_what_1e_5_inside_the_logarithm_does_at_2_18_codes():

@@ -124,8 +124,7 @@ _BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
 _PARTS = ("group", "residual", "multiscale")
 _TEMPERATURES = ("temperature", "final_temperature")
 _SIGNS = ("entropy", "temperature", "diversity", "commitment", "group", "eps")
-_ROUTER = ("bias", "init_scale", "alpha", "beta", "double_loss",
-           "entropy", "entropy_temperature", "entropy_eps")
+_ENTROPY = ("entropy", "entropy_temperature", "entropy_eps")
 _BASES = {
     "none": _Base("no quantizer: z passes unchanged", NoQuantizer),
     "vq": _Base("nearest code, straight-through, commitment loss (VQ-VAE)", VectorQuantizer,
@@ -141,7 +140,7 @@ _BASES = {
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer,
                 ("variant", "weight", *_TEMPERATURES)),
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
-                    _ROUTER, ("tied", "switch", *_PARTS)),
+                    ("bias", "init_scale", "double_loss", *_ENTROPY), ("tied", "switch", *_PARTS)),
     "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation",)),
     "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation",)),
     "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, (*_SIGNS, "scale_gradient"),

@@ -279,11 +279,14 @@ class RouterLosses(RouterTable):
         codes: Int64[Tensor, "n"],
     ) -> Float[Tensor, ""]:
         loss = x.new_zeros(())
-        if self.alpha:
+        if self.alpha or self.double_loss:
             q = F.embedding(codes, self.codebook.to(x.dtype))
+        if self.alpha:
             loss = commitment(x, q, self.alpha, self.beta)
         if self.double_loss:
-            loss = loss + self.double_loss * F.mse_loss(z_q, x)
+            # weights 1, 1 and 1/4
+            pulls = F.mse_loss(z_q, x) + commitment(x, q, 1.25, 0.2)
+            loss = loss + self.double_loss * pulls
         if self.entropy:
             how = self.entropy_temperature, self.training, self.entropy_eps
             loss = loss + self.entropy * entropy_term(x, *self.router(x.dtype), *how)
@@ -295,7 +298,7 @@ class RouterQuantizer(RouterLosses):
 
     `codebook` is E, (num_codes, code_dim). Memory is linear in n + k, forward and backward.
     Differentiable once. Raises ValueError or TypeError.
-    IBQ is tied, init_scale=1, alpha=1.25, beta=0.2, double_loss=1, entropy=0.05, entropy_eps=1e-5.
+    IBQ as published is tied, init_scale=1, double_loss=1, entropy=0.05, entropy_eps=1e-5.
     """
 
     def __init__(
@@ -310,7 +313,7 @@ class RouterQuantizer(RouterLosses):
         entropy: float = 0.0, entropy_temperature: float = 0.01,  # of the entropy term: weight, T
         alpha: float = 0.0, beta: float = 0.8,  # of a commitment loss
         channel_dim: int = -1, check_finite: bool | None = None,
-        double_loss: float = 0.0,           # weight of |z_q - z|^2, with its gradient to all codes
+        double_loss: float = 0.0,           # weight of IBQ's double quantization loss
         entropy_eps: float = 0.0,           # inside the logarithm of the entropy term's mean
     ):
         super().__init__(
