@@ -112,17 +112,18 @@ class _Routed(torch.autograd.Function):
     def backward(ctx, g, *_):
         x, keys, bias, codebook, codes, lse, mixture = ctx.saved_tensors
         g = g.contiguous()
-        to_codebook = torch.zeros_like(codebook).index_add(0, codes, g)
         if ctx.gate == "dense":
             s = (g * mixture).sum(1, keepdim=True)
             dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, g, codebook, None)
         else:
-            a = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
-            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, a, None, None, None)
-            # the chosen code's logit gets a itself, too (the table's second row)
-            dx = dx + a * F.embedding(codes, keys)
-            dkeys = dkeys.index_add(0, codes, a * x)
-            dbias = dbias.index_add(0, codes, a[:, 0])
+            s = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
+            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, None, None, None)
+            # the chosen code's logit gets s itself, too (the table's second row)
+            dx = dx + s * F.embedding(codes, keys)
+            dkeys = dkeys.index_add(0, codes, s * x)
+            dbias = dbias.index_add(0, codes, s[:, 0])
+        # made from s, which vmap maps where it maps g or the codes, so that it can be added to
+        to_codebook = s.new_zeros(codebook.shape).index_add_(0, codes, g)
         return dx, dkeys, None if bias is None else dbias, to_codebook, None
 
 # %% ../nbs/lib/02h_router.ipynb #eb9b50d8
