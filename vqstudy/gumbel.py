@@ -42,7 +42,7 @@ class GumbelQuantizer(Annealed, TableQuantizer):
     def __init__(
         self,
         dim: int, num_codes: int,
-        kl: float = 5e-3,                        # weight of the divergence to the uniform
+        kl: float = 5e-3,                        # of the divergence to the uniform; taming's: 5e-4
         hard: bool = True,                       # decode the code, not the soft sample
         estimator: str = "gumbel",               # or "reinmax", which is always hard
         temperature: float = 1.0,                # at the start

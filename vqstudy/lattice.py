@@ -8,14 +8,14 @@ __all__ = ['Projected', 'Grid', 'Lattice', 'levels_for', 'FSQ', 'entropies', 'Si
 # %% ../nbs/lib/02d_lattice.ipynb #371f1523
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantizer, linear
-from .checks import number, typed, whole
-from .estimators import Rule, estimate, straight_through
+from .checks import flag, number, typed, whole
+from .estimators import Gradients, Rule, Vectors, estimate, straight_through
 from .ranks import from_first, joint_mean
 
 # %% ../nbs/lib/02d_lattice.ipynb #cf6ddc3f
@@ -273,7 +273,7 @@ def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
 
 
 def entropies(
-    logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True
+    logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True, eps: float = 0.0
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean entropy, and entropy of the mean, of n distributions over 2^w sign patterns, in nats.
 
@@ -281,6 +281,7 @@ def entropies(
     group: the entropy of the mean is exact for w <= group; wider ones are cut into groups, whose
     entropies are added, an upper bound.
     joint: the mean is over the batch of all processes, which must all call this.
+    eps: added inside the logarithm of the mean; public code has 1e-5.
     """
     # of one sign: log(1 + e^-|l|) + |l| / (1 + e^|l|), which overflows nowhere
     size = logits.abs()
@@ -288,7 +289,8 @@ def entropies(
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
     if joint:
         means = [joint_mean(mean, logits.shape[0]) for mean in means]
-    return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
+    logs = [(p.clamp_min(torch.finfo(p.dtype).tiny) + eps).log() for p in means]
+    return each, -sum((p * log).sum() for p, log in zip(means, logs))
 
 # %% ../nbs/lib/02d_lattice.ipynb #28ec0d55
 def _signs(kind: str, num_codes: int) -> int:
@@ -320,6 +322,7 @@ class LFQ(Signs):
 
     num_codes is a power of two. Where dim is not log2 num_codes, linear layers lead in and out.
     The entropies hold a few times 2n 2^(group/2) + 2^group numbers. Raises ValueError or TypeError.
+    Open-MAGVIT2's loss is that of eps=1e-5.
     """
 
     def __init__(
@@ -334,6 +337,7 @@ class LFQ(Signs):
         rule: Rule = straight_through,  # the gradient of the sign
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        eps: float = 0.0,               # inside the logarithm of the mean
     ):
         levels = [2] * _signs(type(self).__name__, num_codes)
         super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
@@ -342,26 +346,34 @@ class LFQ(Signs):
         self.diversity = number("diversity", diversity, least=0)
         self.commitment = number("commitment", commitment, least=0)
         self.group = whole("group", group, most=24)
+        self.eps = number("eps", eps, least=0)
 
     def penalty(self, x, q):
         loss = self.commitment * F.mse_loss(x, q)
         if self.entropy == 0:
             return loss
         logits = 4 * self.unit / self.temperature * x
-        each, mean = entropies(logits, self.group, joint=self.training)
+        each, mean = entropies(logits, self.group, self.training, self.eps)
         return loss + self.entropy * (each - self.diversity * mean)
 
     def extra_repr(self) -> str:
-        names = "entropy", "temperature", "diversity", "commitment", "group"
+        names = "entropy", "temperature", "diversity", "commitment", "group", "eps"
         own = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{super().extra_repr()}, {own}"
 
 # %% ../nbs/lib/02d_lattice.ipynb #6970fd58
+def _scaled(z: Vectors, q: Vectors, g: Vectors, rule: Rule, factor: float) -> Gradients:
+    "The gradients of a rule times a factor."
+    grad_z, grad_q = rule(z, q, g)
+    return factor * grad_z, factor * grad_q
+
+
 class BSQ(LFQ):
     """Binary spherical quantization: LFQ of the direction of x (Zhao et al. 2024).
 
-    The code vectors lie on the unit sphere. Keywords as in LFQ, with the values of the released
-    code: temperature 1 (tau = 2 / temperature), no commitment, groups of one sign (Eq. 8).
+    The code vectors lie on the unit sphere. Keywords as in LFQ; temperature 1 (tau = 2 /
+    temperature), no commitment and groups of one sign (Eq. 8) by default, as released. The
+    released gradient is 1/sqrt(log2 num_codes) of ours: `scale_gradient=True`.
     """
 
     def __init__(
@@ -376,12 +388,20 @@ class BSQ(LFQ):
         rule: Rule = straight_through,
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        eps: float = 0.0,
+        scale_gradient: bool = False,  # by 1/sqrt(width), as the code vectors are
     ):
         loss = entropy, temperature, diversity, commitment, group
-        super().__init__(dim, num_codes, *loss, rule, channel_dim, check_finite)
+        super().__init__(dim, num_codes, *loss, rule, channel_dim, check_finite, eps=eps)
         self.unit = len(self.levels) ** -0.5
+        self.scale_gradient = flag("scale_gradient", scale_gradient)
+        if scale_gradient:
+            self.rule = partial(_scaled, rule=rule, factor=self.unit)
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         "The direction of x; zero stays zero."
         length = x.norm(dim=1, keepdim=True)
         return x / torch.where(length > 0, length, 1.0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale_gradient={self.scale_gradient}"

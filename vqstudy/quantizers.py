@@ -123,8 +123,8 @@ _RULES = ("rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq",
 _BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
 _PARTS = ("group", "residual", "multiscale")
 _TEMPERATURES = ("temperature", "final_temperature")
-_SIGNS = ("entropy", "temperature", "diversity", "commitment", "group")
-_ROUTER = ("bias", "init_scale", "entropy", "entropy_temperature")
+_SIGNS = ("entropy", "temperature", "diversity", "commitment", "group", "eps")
+_ENTROPY = ("entropy", "entropy_temperature", "entropy_eps")
 _BASES = {
     "none": _Base("no quantizer: z passes unchanged", NoQuantizer),
     "vq": _Base("nearest code, straight-through, commitment loss (VQ-VAE)", VectorQuantizer,
@@ -134,16 +134,17 @@ _BASES = {
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
                    ("metric", "alpha", "beta"), ("l2", "alt") + _RULES + _PARTS),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
-                   ("init", "alpha", "beta", "epsilon", "iterations"), _BOOK + _RULES + _PARTS),
+                   ("init", "alpha", "beta", "epsilon", "iterations", "damping"), _BOOK + _RULES + _PARTS),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
                     ("kl", "hard", *_TEMPERATURES), ("reinmax", *_PARTS)),
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer,
                 ("variant", "weight", *_TEMPERATURES)),
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
-                    _ROUTER, ("tied", "switch", *_PARTS)),
+                    ("bias", "init_scale", "double_loss", *_ENTROPY), ("tied", "switch", *_PARTS)),
     "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation",)),
     "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation",)),
-    "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, _SIGNS, ("rotation",)),
+    "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, (*_SIGNS, "scale_gradient"),
+                 ("rotation",)),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #04d2a425

@@ -63,7 +63,8 @@ class SQQuantizer(Annealed, GaussianQuantizer):
     """SQ-VAE's Gaussian quantizer (Takida et al. 2022).
 
     Training decodes a soft sample; z_q is a code vector in evaluation alone. The first dimension of
-    z counts images. Holds a few n x k matrices in training. Raises ValueError or TypeError.
+    z counts images. The authors' variant 1 is variant 3 here with its head frozen at 0.
+    Holds a few n x k matrices in training. Raises ValueError or TypeError.
     """
 
     def __init__(
