@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 from .checks import number, typed, whole
-from .ranks import Processes, from_first, ranks
+from .ranks import ALONE, Processes, from_first, ranks
 from .search import check_vectors
 
 # %% ../nbs/lib/02a_base.ipynb #ca139e63
@@ -88,7 +88,7 @@ def check_codes(codes: Tensor, num_codes: int, code_shape: tuple[int, ...] = ())
     if codes.shape[codes.ndim - len(code_shape) :] != code_shape:
         raise ValueError(f"codes must end in {code_shape}, got shape {tuple(codes.shape)}")
 
-# %% ../nbs/lib/02a_base.ipynb #df1ad067
+# %% ../nbs/lib/02a_base.ipynb #6d5ab709
 class _Together(_Rows):
     "What makes the quantizers of several processes one."
 
@@ -107,6 +107,11 @@ class _Together(_Rows):
     def process_group(self, group: Any) -> None:
         for member in self._quantizers():
             member.processes = Processes(group)
+
+    @property
+    def asked(self) -> Processes:
+        "Whom a pass may ask: the processes in training, nobody in evaluation."
+        return self.processes if self.training else ALONE
 
     def take_first(self) -> None:
         "The state of the first process, on all of them, unless it is known to be the same."
@@ -128,13 +133,13 @@ class _Together(_Rows):
         if not getattr(self, "frozen", False):
             self.take_first()
 
-# %% ../nbs/lib/02a_base.ipynb #20a8dc22
+# %% ../nbs/lib/02a_base.ipynb #9d24bcb5
 def recomputing() -> bool:
     "Whether this pass runs inside backward, as those that torch.utils.checkpoint runs again do."
     # compiled code is the same for both passes, and cannot ask
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-# %% ../nbs/lib/02a_base.ipynb #66bb06a5
+# %% ../nbs/lib/02a_base.ipynb #ec02865d
 @torch.library.custom_op("vqstudy::refuse_second_run", mutates_args=("runs",))
 def refuse_second_run(runs: Tensor) -> None:
     "Count a run of compiled code; raises RuntimeError in one inside backward."

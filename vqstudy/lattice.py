@@ -8,6 +8,7 @@ __all__ = ['Projected', 'Grid', 'Lattice', 'levels_for', 'FSQ', 'entropies', 'Si
 # %% ../nbs/lib/02d_lattice.ipynb #371f1523
 import math
 from collections.abc import Sequence
+from typing import Any
 from functools import cache, partial
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .base import Quantizer, linear
 from .checks import flag, number, typed, whole
 from .estimators import Gradients, Rule, Vectors, estimate, straight_through
-from .ranks import from_first, joint_mean
+from .ranks import ALONE, Processes, joint_mean
 
 # %% ../nbs/lib/02d_lattice.ipynb #cf6ddc3f
 def _linear_in_order(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b"]:
@@ -43,15 +44,14 @@ class Projected(Quantizer):
         rule: Rule,  # the gradient of the rounding
         channel_dim: int,
         check_finite: bool | None,
+        process_group: Any,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group)
         if not callable(rule):
             raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
         self.rule = rule
         self.project_in = None if width == dim else nn.Linear(dim, width)
         self.project_out = None if width == dim else nn.Linear(width, dim)
-        for parameter in self.parameters():
-            from_first(parameter.data)
 
     def prepare(self, x):
         return self.bound(x if self.project_in is None else linear(x, self.project_in))
@@ -81,9 +81,11 @@ class Grid(Projected):
         rule: Rule = straight_through,
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        process_group: Any = None,
     ):
         whole("num_codes", num_codes, most=2**62)
-        super().__init__(dim, num_codes, len(levels), rule, channel_dim, check_finite)
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, len(levels), rule, *options)
         self.levels = tuple(levels)
         self.register_buffer("sizes", torch.tensor(self.levels))
         self.register_buffer("basis", torch.zeros_like(self.sizes), persistent=False)
@@ -233,9 +235,10 @@ class FSQ(Lattice):
         rule: Rule = straight_through,        # the gradient of the rounding
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        process_group: Any = None,
     ):
         levels = _checked_levels(levels, num_codes)
-        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
+        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite, process_group)
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         "f(x), within -1..1."
@@ -273,22 +276,23 @@ def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
 
 
 def entropies(
-    logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True, eps: float = 0.0
+    logits: Float[Tensor, "n w"],
+    group: int = 18,
+    among: Processes | None = ALONE,  # whose batches the mean is over; None: all processes'
+    eps: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean entropy, and entropy of the mean, of n distributions over 2^w sign patterns, in nats.
 
     logits: log-odds of the signs.
     group: the entropy of the mean is exact for w <= group; wider ones are cut into groups, whose
     entropies are added, an upper bound.
-    joint: the mean is over the batch of all processes, which must all call this.
     eps: added inside the logarithm of the mean; public code has 1e-5.
     """
     # of one sign: log(1 + e^-|l|) + |l| / (1 + e^|l|), which overflows nowhere
     size = logits.abs()
     each = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
-    if joint:
-        means = [joint_mean(mean, logits.shape[0]) for mean in means]
+    means = [joint_mean(mean, logits.shape[0], among) for mean in means]
     logs = [(p.clamp_min(torch.finfo(p.dtype).tiny) + eps).log() for p in means]
     return each, -sum((p * log).sum() for p, log in zip(means, logs))
 
@@ -338,9 +342,10 @@ class LFQ(Signs):
         channel_dim: int = -1,
         check_finite: bool | None = None,
         eps: float = 0.0,               # inside the logarithm of the mean
+        process_group: Any = None,
     ):
         levels = [2] * _signs(type(self).__name__, num_codes)
-        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
+        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite, process_group)
         self.entropy = number("entropy", entropy, least=0)
         self.temperature = number("temperature", temperature, above=0)
         self.diversity = number("diversity", diversity, least=0)
@@ -353,7 +358,7 @@ class LFQ(Signs):
         if self.entropy == 0:
             return loss
         logits = 4 * self.unit / self.temperature * x
-        each, mean = entropies(logits, self.group, self.training, self.eps)
+        each, mean = entropies(logits, self.group, self.asked, self.eps)
         return loss + self.entropy * (each - self.diversity * mean)
 
     def extra_repr(self) -> str:
@@ -390,9 +395,11 @@ class BSQ(LFQ):
         check_finite: bool | None = None,
         eps: float = 0.0,
         scale_gradient: bool = False,  # by 1/sqrt(width), as the code vectors are
+        process_group: Any = None,
     ):
         loss = entropy, temperature, diversity, commitment, group
-        super().__init__(dim, num_codes, *loss, rule, channel_dim, check_finite, eps=eps)
+        options = channel_dim, check_finite, eps, process_group
+        super().__init__(dim, num_codes, *loss, rule, *options)
         self.unit = len(self.levels) ** -0.5
         self.scale_gradient = flag("scale_gradient", scale_gradient)
         if scale_gradient:

@@ -146,8 +146,9 @@ class TableQuantizer(WithCodebook, Quantizer):
         channel_dim: int = -1,
         check_finite: bool | None = None,
         code_dim: int | None = None,
+        process_group: Any = None,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group)
         self.code_dim = dim if code_dim is None else whole("code_dim", code_dim)
         self.book = Codebook(self.code_dim, num_codes)
 

@@ -6,6 +6,7 @@
 __all__ = ['attend', 'routed', 'entropy_term', 'RouterTable', 'RouterLosses', 'RouterQuantizer']
 
 # %% ../nbs/lib/02h_router.ipynb #52f56a42
+from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -14,7 +15,7 @@ from .base import commitment
 from .checks import flag, number, one_of
 from .logits import TableQuantizer, logit_tiles, one_by_one, route, scan_logits, sharp
 from .logits import tile_logits
-from .ranks import from_first, joint_mean
+from .ranks import ALONE, Processes, joint_mean
 from .kernels import on_gpu, operator
 
 # %% ../nbs/lib/02h_router.ipynb #cc7e6264
@@ -175,11 +176,10 @@ class _EntropyTerm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, keys, bias, joint, eps):
+    def forward(x, keys, bias, among, eps):
         lse = scan_logits(x, keys, bias, None, True)[1]
         mean, entropy = _softmax_means(x, keys, bias, lse)
-        if joint:
-            mean = joint_mean(mean, len(x))
+        mean = joint_mean(mean, len(x), among)
         shifted = mean.clamp_min(torch.finfo(mean.dtype).tiny) + eps
         log_mean = shifted.log()
         # the derivative of mean log(mean + eps), less 1, which no softmax sees
@@ -206,17 +206,17 @@ def entropy_term(
     keys: Float[Tensor, "k d"],
     bias: Float[Tensor, "k"] | None = None,
     temperature: float = 1.0,
-    joint: bool = False,
+    among: Processes | None = ALONE,
     eps: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean of the rows' entropies minus the entropy of the mean row, in nats.
 
     The rows are softmax((x keys^T + bias) / temperature).
-    joint: the mean row is that of all processes.
+    among: the processes whose mean row it is; None: all.
     eps: added inside the logarithm of the mean row; IBQ's public code has 1e-5.
     """
     bias = None if bias is None else bias / temperature
-    return _EntropyTerm.apply(x / temperature, keys, bias, joint, eps)[0]
+    return _EntropyTerm.apply(x / temperature, keys, bias, among, eps)[0]
 
 # %% ../nbs/lib/02h_router.ipynb #353eaead
 class RouterTable(TableQuantizer):
@@ -226,8 +226,9 @@ class RouterTable(TableQuantizer):
         self,
         dim: int, num_codes: int, tied: bool, code_dim: int | None, bias: bool,
         init: str, init_scale: float | None, channel_dim: int, check_finite: bool | None,
+        process_group: Any,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite, code_dim)
+        super().__init__(dim, num_codes, channel_dim, check_finite, code_dim, process_group)
         self.tied = flag("tied", tied)
         copied = one_of("init", init, ("normal", "copy")) == "copy"
         if tied and copied:
@@ -242,7 +243,7 @@ class RouterTable(TableQuantizer):
         elif copied:
             self.keys = nn.Parameter(scale * self.book.weight.detach())
         else:
-            self.keys = nn.Parameter(scale * from_first(torch.randn(num_codes, dim)))
+            self.keys = nn.Parameter(scale * torch.randn(num_codes, dim))
         self.bias = nn.Parameter(torch.zeros(num_codes)) if flag("bias", bias) else None
 
     def router(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -289,7 +290,7 @@ class RouterLosses(RouterTable):
             pulls = F.mse_loss(z_q, x) + commitment(x, q, 1.25, 0.2)
             loss = loss + self.double_loss * pulls
         if self.entropy:
-            how = self.entropy_temperature, self.training, self.entropy_eps
+            how = self.entropy_temperature, self.asked, self.entropy_eps
             loss = loss + self.entropy * entropy_term(x, *self.router(x.dtype), *how)
         return loss
 
@@ -316,10 +317,10 @@ class RouterQuantizer(RouterLosses):
         channel_dim: int = -1, check_finite: bool | None = None,
         double_loss: float = 0.0,           # weight of IBQ's double quantization loss
         entropy_eps: float = 0.0,           # inside the logarithm of the entropy term's mean
+        process_group: Any = None,
     ):
-        super().__init__(
-            dim, num_codes, tied, code_dim, bias, init, init_scale, channel_dim, check_finite
-        )
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, tied, code_dim, bias, init, init_scale, *options)
         self.gate = one_of("gate", gate, ("dense", "switch"))
         self.set_losses(alpha, beta, double_loss, entropy, entropy_temperature, entropy_eps)
 

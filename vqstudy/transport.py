@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from .checks import number, whole
-from .ranks import finite_count, finite_rows, joined, only_finite, ranks, total
+from .ranks import ALONE, Processes, finite_count, finite_rows, joined, only_finite
+from .ranks import ranks, total
 from .vector import VectorQuantizer
 from .search import check_vectors
 
 # %% ../nbs/lib/02e_transport.ipynb #6d6a9d4e
-def _column_sums(x: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
+def _column_sums(x: Float[Tensor, "n k"], among: Processes | None) -> Float[Tensor, "k"]:
     "log sum exp of the columns, over the batch of all processes."
     sums = x.logsumexp(0)
-    return sums if ranks() == 1 else joined(sums[None]).logsumexp(0)
+    return sums if ranks(among) == 1 else joined(sums[None], among).logsumexp(0)
 
 
 def _damped(
@@ -36,9 +37,10 @@ def _potentials(
     iterations: int,
     finite: Bool[Tensor, "n"] | None = None,  # which rows are given away; None: all
     damping: float = 0.0,                     # added to each sum, see `sinkhorn_codes`
+    among: Processes | None = ALONE,          # whose batches the rows are
 ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "k"]]:
     "f and g with exp(f + g + scores) near uniform columns and with exact rows."
-    count = finite_count(scores, finite).clamp_min(1)
+    count = finite_count(scores, finite, among).clamp_min(1)
     log_n = count.to(scores.dtype).log()
     log_k = math.log(scores.shape[1])
     f, g = scores.new_zeros(len(scores), 1), scores.new_zeros(scores.shape[1])
@@ -47,10 +49,10 @@ def _potentials(
     if out is not None:
         f = f + out
     if damping:  # which is relative to a plan that sums to 1
-        f = f - _column_sums(scores + f).logsumexp(0)
+        f = f - _column_sums(scores + f, among).logsumexp(0)
     # the rows last: each vector is given away in full, however few the iterations
     for _ in range(iterations):
-        g = -log_k - _damped(_column_sums(scores + f), g, damping)
+        g = -log_k - _damped(_column_sums(scores + f, among), g, damping)
         f = -log_n - _damped((scores + g).logsumexp(1, keepdim=True), f, damping)
         if out is not None:
             f = f + out
@@ -79,12 +81,12 @@ def sinkhorn(
 
 # %% ../nbs/lib/02e_transport.ipynb #58840a0c
 def _standard_deviation(
-    cost: Float[Tensor, "n k"], finite: Bool[Tensor, "n"] | None
+    cost: Float[Tensor, "n k"], finite: Bool[Tensor, "n"] | None, among: Processes | None
 ) -> Float[Tensor, ""]:
     "Of all entries of finite rows, over the batch of all processes; 1 where they are all the same."
-    count = (finite_count(cost, finite) * cost.shape[1]).clamp_min(1).to(cost.dtype)
-    mean = total(only_finite(cost, finite).sum()) / count
-    variance = total(only_finite(cost - mean, finite).pow(2).sum()) / count
+    count = (finite_count(cost, finite, among) * cost.shape[1]).clamp_min(1).to(cost.dtype)
+    mean = total(only_finite(cost, finite).sum(), among) / count
+    variance = total(only_finite(cost - mean, finite).pow(2).sum(), among) / count
     return torch.where(variance > 0, variance, 1.0).sqrt()
 
 
@@ -96,6 +98,7 @@ def sinkhorn_codes(
     iterations: int = 5,
     check_finite: bool | None = None,  # as `check_vectors` takes it, of x
     damping: float = 0.0,              # added to each sum of the plan; the authors' code has 1e-8
+    among: Processes | None = ALONE,   # whose batches are sent together; None: all processes'
 ) -> Int64[Tensor, "n"]:
     """The code to which the transport plan sends most of each vector (Zhang et al. 2024, OptVQ).
 
@@ -113,9 +116,10 @@ def sinkhorn_codes(
     with torch.autocast(x.device.type, enabled=False):
         finite = finite_rows(x)
         cost = torch.cdist(only_finite(x, finite).to(dtype), codebook.to(dtype))
-        scores = cost / (-epsilon * _standard_deviation(cost, finite))
+        scores = cost / (-epsilon * _standard_deviation(cost, finite, among))
         # a row's potential f is the same for all its codes and decides nothing
-        return (scores + _potentials(scores, iterations, finite, damping)[1]).argmax(1)
+        g = _potentials(scores, iterations, finite, damping, among)[1]
+        return (scores + g).argmax(1)
 
 # %% ../nbs/lib/02e_transport.ipynb #2ac3a30b
 class OptVQ(VectorQuantizer):
@@ -144,7 +148,7 @@ class OptVQ(VectorQuantizer):
         self.damping = number("damping", damping, least=0)
 
     def choose(self, x, codebook):
-        how = self.epsilon, self.iterations, False, self.damping
+        how = self.epsilon, self.iterations, False, self.damping, self.processes
         with torch.no_grad():
             # False: x has been looked at, or is not to be
             return sinkhorn_codes(x, codebook, *how)
