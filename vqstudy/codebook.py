@@ -360,7 +360,7 @@ class _Given(_Table):
             )
         return table
 
-# %% ../nbs/lib/02_codebook.ipynb #fca0e309
+# %% ../nbs/lib/02_codebook.ipynb #c07b5d6c
 class _Waiting(_Given):
     "Whether a codebook has begun."
 
@@ -393,7 +393,7 @@ class _Waiting(_Given):
             if isinstance(self.map, MovingAffine) and f"{prefix}map.started" not in state:
                 self.map.reset()
         self.waiting = not self.started > 0
-        self.drawn.copy_(self.weight[0])  # as drawn, if it waits still
+        self.drawn.copy_(self.weight[0].detach())  # as drawn, if it waits still
 
 # %% ../nbs/lib/02_codebook.ipynb #b3cb2796
 class _Beginning(_Waiting):
@@ -525,7 +525,7 @@ class WithCodebook(Freezable, Statistics):
         self.book.take(vectors)
         self.equal = False  # on several processes, until the next training pass
 
-# %% ../nbs/lib/02_codebook.ipynb #4680def9
+# %% ../nbs/lib/02_codebook.ipynb #41adac91
 class Gathering(Statistics):
     "Base of statistics that training passes gather, and that the next step begins by settling."
 
@@ -550,7 +550,7 @@ class Gathering(Statistics):
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-# %% ../nbs/lib/02_codebook.ipynb #78cd1930
+# %% ../nbs/lib/02_codebook.ipynb #dbd5641b
 def _add_rows(
     sums: Float[Tensor, "k ..."],
     codes: Int64[Tensor, "n"],
@@ -602,7 +602,7 @@ class _Sums(Gathering):
             self.mass.zero_()
         self.forget()
 
-# %% ../nbs/lib/02_codebook.ipynb #d6a84395
+# %% ../nbs/lib/02_codebook.ipynb #0e6d9c1a
 class _GatheredSums(_Sums):
     "Counts and sums that training passes gather, and that a revived code begins again."
 
@@ -678,7 +678,7 @@ class MovingAverage(_GatheredSums):
     def extra_repr(self) -> str:
         return f"decay={self.decay}, smoothing={self.smoothing}, start={self.start}"
 
-# %% ../nbs/lib/02_codebook.ipynb #58216d09
+# %% ../nbs/lib/02_codebook.ipynb #0a643255
 class _Idle(Gathering):
     "For how many training steps nobody has chosen each code."
 
@@ -720,8 +720,8 @@ class _Idle(Gathering):
 class Replacement(_Idle):
     """How many training steps each code has been idle; after `life_span` of them it is dead.
 
-    With several processes a compiled step breaks its graph at each draw, which reads how many
-    vectors every rank has. Raises ValueError or TypeError for bad values.
+    A compiled step has a graph for batches of fewer vectors than codes and one for all others; with
+    several processes it breaks at each draw, which reads how many vectors every rank has. Raises ValueError or TypeError for bad values.
     """
 
     def __init__(self, num_codes: int, life_span: int = 20):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from .checks import one_of, typed
 
-# %% ../nbs/lib/01a_ranks.ipynb #d639722d
+# %% ../nbs/lib/01a_ranks.ipynb #824189ac
 class Processes:
     """The processes that train together.
 
@@ -129,7 +129,7 @@ def finite_count(
         return total(torch.full((), len(z), device=z.device), among)
     return total(finite.sum(), among)
 
-# %% ../nbs/lib/01a_ranks.ipynb #c7091c82
+# %% ../nbs/lib/01a_ranks.ipynb #9f167e5d
 def _signed(x: int) -> int:
     "The same 64 bits as torch's int64 reads them."
     return x - 2**64 if x >= 2**63 else x
@@ -151,7 +151,7 @@ def random_bits(key: Int64[Tensor, ""], n: int) -> Int64[Tensor, "n"]:
         x = (x ^ _shifted(x, by)) * factor
     return x ^ _shifted(x, 31)
 
-# %% ../nbs/lib/01a_ranks.ipynb #be51b047
+# %% ../nbs/lib/01a_ranks.ipynb #02a363a2
 def new_key() -> Int64[Tensor, ""]:
     "A key that torch's seed decides, without a draw from its stream."
     with torch.random.fork_rng([]):
@@ -184,14 +184,16 @@ def _places(
     places = torch.searchsorted(found, turns + 1)
     return order[places.clamp_max(len(order) - 1)]
 
-# %% ../nbs/lib/01a_ranks.ipynb #ba8ab241
-def _apart(
-    drawn: Float[Tensor, "num d"], different: Int64[Tensor, ""], key: Int64[Tensor, ""]
+# %% ../nbs/lib/01a_ranks.ipynb #e1ff6412
+def _moved(
+    drawn: Float[Tensor, "num d"], different: int, key: Int64[Tensor, ""]
 ) -> Float[Tensor, "num d"]:
     "The first `different` vectors as they are, and the others, copies of them, moved a little."
-    noise = keyed_normal(~key, *drawn.shape).to(drawn.dtype)
-    copies = torch.arange(len(drawn), device=drawn.device) >= different
-    return torch.where(copies[:, None], drawn + 0.01 * drawn.std(0, correction=0) * noise, drawn)
+    copies = drawn[different:]
+    noise = keyed_normal(~key, *copies.shape).to(drawn.dtype)
+    # no branch where there are no copies: a graph serves batches of every size
+    drawn[different:] = copies + 0.01 * drawn.std(0, correction=0) * noise
+    return drawn
 
 
 def _handed_in(
@@ -232,6 +234,7 @@ def draw(
         drawn = z[_places(order, finite, num)]
     else:
         drawn = _handed_in(z, finite, sizes, order, num, among)
-    if num <= len(order):
-        return drawn
-    return _apart(drawn, finite_count(z, finite, among), key)
+    different = len(order)
+    if finite is not None and z.device.type == "cpu" and not torch.compiler.is_compiling():
+        different = int(finite_count(z, finite, among))
+    return _moved(drawn, different, key)

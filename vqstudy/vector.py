@@ -27,9 +27,6 @@ from .search import nearest
 class _UpkeepParts(WithCodebook):
     "Base of a quantizer with a codebook `book`: its moving averages, idle times and refit."
 
-    # do training passes go on with the step of the pass before? See `same_step`
-    same_step = False
-
     def set_upkeep(
         self,
         decay: float | None,
@@ -45,14 +42,17 @@ class _UpkeepParts(WithCodebook):
         if decay is not None:
             self.average = MovingAverage(weight, decay, smoothing, ema_start)
         self.alive = None if life_span is None else Replacement(len(weight), life_span)
+        # do training passes go on with the step of the pass before? See `same_step`
+        self.same_step = False
         self.refit = refit
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64) if refit else None)
+        self._steps = 0  # what they were when last read
         # of all that is random here, and moves no other draw
         random = life_span or refit or self.book.waiting
         self.register_buffer("key", new_key() if random else None)
         self.register_buffer("runs", torch.zeros((), dtype=torch.int64), persistent=False)
 
-# %% ../nbs/lib/02b_vector.ipynb #b4dbbdf5
+# %% ../nbs/lib/02b_vector.ipynb #d2e9c557
 class _Settling(_UpkeepParts):
     "What changes the codebook at once: a beginning, and whoever is about to look at it."
 
@@ -68,6 +68,14 @@ class _Settling(_UpkeepParts):
             self.average.settle(self.book)
         if self.alive is not None:
             self.alive.settle()
+
+    def refit_is_due(self) -> bool:
+        "By `steps`, which a GPU is asked for only when the count here says so."
+        looks = self.steps.device.type == "cpu" and not torch.compiler.is_compiling()
+        due = self._steps > 0 and self._steps % self.refit == 0
+        if looks or due:
+            self._steps = int(self.steps)
+        return self._steps > 0 and self._steps % self.refit == 0
 
     def moves(self) -> bool:
         "Whether a training pass changes anything, once the codebook has begun."
@@ -107,8 +115,9 @@ class Upkeep(_Settling):
 
     def _once_a_step(self, x: Float[Tensor, "n d"]) -> None:
         if self.refit:
-            if self.steps and self.steps % self.refit == 0:
+            if self.refit_is_due():
                 self.begin(x, "kmeans")
+            self._steps += 1
             self.steps.add_(1)
         if isinstance(self.book.map, MovingAffine):
             table = self.book.weight
@@ -128,7 +137,7 @@ class Upkeep(_Settling):
         if self.alive is not None:
             self.alive.gather(codes, finite_rows(x), self.processes)
 
-# %% ../nbs/lib/02b_vector.ipynb #99680b78
+# %% ../nbs/lib/02b_vector.ipynb #4916b675
 def same_step(model: nn.Module, on: bool = True) -> None:
     "Whether the next training passes go on with the step of the pass before, in all codebooks."
     typed("model", model, nn.Module, "a torch.nn.Module")
@@ -149,6 +158,7 @@ class GivenUpkeep(Upkeep):
             self.alive.idle.zero_()
             self.alive.forget()
         if self.refit:
+            self._steps = 0
             self.steps.zero_()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args) -> None:
@@ -156,6 +166,8 @@ class GivenUpkeep(Upkeep):
             # states of before there was a key
             state.setdefault(f"{prefix}key", self.key)
         super()._load_from_state_dict(state, prefix, *args)
+        if self.refit:
+            self._steps = int(self.steps)
         weight = state.get(f"{prefix}book.weight")
         if weight is None or weight.shape != self.book.weight.shape:
             return
