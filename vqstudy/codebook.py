@@ -360,7 +360,7 @@ class _Given(_Table):
             )
         return table
 
-# %% ../nbs/lib/02_codebook.ipynb #c07b5d6c
+# %% ../nbs/lib/02_codebook.ipynb #73929adc
 class _Waiting(_Given):
     "Whether a codebook has begun."
 
@@ -525,7 +525,7 @@ class WithCodebook(Freezable, Statistics):
         self.book.take(vectors)
         self.equal = False  # on several processes, until the next training pass
 
-# %% ../nbs/lib/02_codebook.ipynb #41adac91
+# %% ../nbs/lib/02_codebook.ipynb #178cac63
 class Gathering(Statistics):
     "Base of statistics that training passes gather, and that the next step begins by settling."
 
@@ -550,7 +550,7 @@ class Gathering(Statistics):
         super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-# %% ../nbs/lib/02_codebook.ipynb #dbd5641b
+# %% ../nbs/lib/02_codebook.ipynb #42a67219
 def _add_rows(
     sums: Float[Tensor, "k ..."],
     codes: Int64[Tensor, "n"],
@@ -602,7 +602,7 @@ class _Sums(Gathering):
             self.mass.zero_()
         self.forget()
 
-# %% ../nbs/lib/02_codebook.ipynb #0e6d9c1a
+# %% ../nbs/lib/02_codebook.ipynb #1f158cee
 class _GatheredSums(_Sums):
     "Counts and sums that training passes gather, and that a revived code begins again."
 
@@ -678,7 +678,7 @@ class MovingAverage(_GatheredSums):
     def extra_repr(self) -> str:
         return f"decay={self.decay}, smoothing={self.smoothing}, start={self.start}"
 
-# %% ../nbs/lib/02_codebook.ipynb #0a643255
+# %% ../nbs/lib/02_codebook.ipynb #b2781aba
 class _Idle(Gathering):
     "For how many training steps nobody has chosen each code."
 

@@ -52,7 +52,7 @@ class _UpkeepParts(WithCodebook):
         self.register_buffer("key", new_key() if random else None)
         self.register_buffer("runs", torch.zeros((), dtype=torch.int64), persistent=False)
 
-# %% ../nbs/lib/02b_vector.ipynb #d2e9c557
+# %% ../nbs/lib/02b_vector.ipynb #0ceb442b
 class _Settling(_UpkeepParts):
     "What changes the codebook at once: a beginning, and whoever is about to look at it."
 
@@ -137,7 +137,7 @@ class Upkeep(_Settling):
         if self.alive is not None:
             self.alive.gather(codes, finite_rows(x), self.processes)
 
-# %% ../nbs/lib/02b_vector.ipynb #4916b675
+# %% ../nbs/lib/02b_vector.ipynb #4c4b132a
 def same_step(model: nn.Module, on: bool = True) -> None:
     "Whether the next training passes go on with the step of the pass before, in all codebooks."
     typed("model", model, nn.Module, "a torch.nn.Module")
