@@ -408,9 +408,9 @@ def test_a_model_built_on_the_cpu_can_be_sent_by_a_backend_of_the_gpu(backends, 
     devices = []
     for name, stand_in in {
         "is_initialized": lambda: True,
-        "get_world_size": lambda: 2,
-        "get_backend_config": lambda: backends,
-        "broadcast": lambda x, source: devices.append(x.device.type),
+        "get_world_size": lambda group: 2,
+        "get_backend_config": lambda group: backends,
+        "broadcast": lambda x, source, group: devices.append(x.device.type),
     }.items():
         monkeypatch.setattr(dist, name, stand_in)
     with FakeTensorMode():

@@ -93,8 +93,8 @@ class _Composed(_GivenCodebooks, Quantizer):
             words = "a function (width, num_codes) -> Quantizer"
             raise TypeError(f"make must be {words}, got {make!r}")
         self.parts = nn.ModuleList(_made(make, width, num_codes) for _ in range(count))
-        if process_group is not None:
-            self.process_group = process_group
+        group = self.parts[0].process_group if process_group is None else process_group
+        self.process_group = group
 
     @property
     def codebook(self) -> Float[Tensor, "*parts k d"]:
