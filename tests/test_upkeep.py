@@ -545,7 +545,7 @@ def test_a_compiled_step_leaves_bad_vectors_out(spec):
 FROZEN = ["vq", "vq + ema", "vq + ema + replace", "vq + l2 + replace", "vq + affine"]
 FROZEN += ["vq + moving-affine + replace", "vq + refit", "simvq", "stochastic + ema", "optvq + ema"]
 FROZEN += ["vq + sync", "vq + alt", "vq + nsvq", "vq + rotation", "router", "router + tied"]
-FROZEN += ["gumbel", "sq"]
+FROZEN += ["gumbel", "sq", "fsq", "lfq", "bsq"]
 
 
 def train_step(quantizer, optimizer, z):

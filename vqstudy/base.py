@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 from .checks import number, typed, whole
+from .codebook import Freezable
 from .ranks import ALONE, Processes, from_first, ranks
 from .search import check_vectors
 
@@ -89,7 +90,7 @@ def check_codes(codes: Tensor, num_codes: int, code_shape: tuple[int, ...] = ())
         raise ValueError(f"codes must end in {code_shape}, got shape {tuple(codes.shape)}")
 
 # %% ../nbs/lib/02a_base.ipynb #6d5ab709
-class _Together(_Rows):
+class _Together(Freezable, _Rows):
     "What makes the quantizers of several processes one."
 
     # whether the state is known to be the same everywhere; a change from outside makes it False
@@ -130,7 +131,7 @@ class _Together(_Rows):
         "What comes before a training pass, of a quantizer that is not a part of another one."
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.remind()
-        if not getattr(self, "frozen", False):
+        if not self.frozen:
             self.take_first()
 
 # %% ../nbs/lib/02a_base.ipynb #9d24bcb5
