@@ -259,10 +259,11 @@ def batch():
 def results(x, codebook, logits):
     "Plan, codes, entropy of the mean, and its gradient."
     logits = logits.clone().requires_grad_()
-    mean = entropies(logits)[1]
+    mean = entropies(logits, among=None)[1]
     mean.backward()
-    plan, codes = sinkhorn(torch.cdist(x, codebook)), sinkhorn_codes(x, codebook)
-    damped = sinkhorn_codes(x, codebook, damping=0.1)
+    plan = sinkhorn(torch.cdist(x, codebook), among=None)
+    codes = sinkhorn_codes(x, codebook, among=None)
+    damped = sinkhorn_codes(x, codebook, damping=0.1, among=None)
     return plan, torch.stack([codes, damped], 1), mean.detach(), logits.grad
 
 

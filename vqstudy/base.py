@@ -7,6 +7,7 @@ __all__ = ['QuantizedRows', 'Quantized', 'check_codes', 'recomputing', 'refuse_s
            'commitment', 'Reminder', 'Annealed', 'gumbel_noise', 'linear']
 
 # %% ../nbs/lib/02a_base.ipynb #cbe56e6d
+import sys
 import warnings
 from itertools import chain
 from typing import Any, NamedTuple
@@ -242,6 +243,14 @@ def commitment(
     return loss
 
 # %% ../nbs/lib/02a_base.ipynb #735ba045
+def _callers_level() -> int:
+    "For `warnings.warn`: how far up the line is that calls the model."
+    frame, level = sys._getframe(1), 1
+    while frame and frame.f_globals["__name__"].split(".")[0] in ("torch", __name__.split(".")[0]):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 class Reminder:
     "Warns once, at the second training pass without a call that training needs."
 
@@ -254,7 +263,7 @@ class Reminder:
         self.passes += 1
         if self.passes == 2 and not self.done:
             self.done = True
-            warnings.warn(self.words, stacklevel=7)  # of the line that calls the model
+            warnings.warn(self.words, stacklevel=_callers_level())
 
 
 class Annealed:

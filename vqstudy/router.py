@@ -179,7 +179,7 @@ class _EntropyTerm(torch.autograd.Function):
     def forward(x, keys, bias, among, eps):
         lse = scan_logits(x, keys, bias, None, True)[1]
         mean, entropy = _softmax_means(x, keys, bias, lse)
-        mean = joint_mean(mean, len(x), among)
+        mean = joint_mean(mean, x.shape[0], among)
         shifted = mean.clamp_min(torch.finfo(mean.dtype).tiny) + eps
         log_mean = shifted.log()
         # the derivative of mean log(mean + eps), less 1, which no softmax sees

@@ -61,7 +61,10 @@ def _potentials(
 # %% ../nbs/lib/02e_transport.ipynb #0fbf9022
 @torch.no_grad()
 def sinkhorn(
-    cost: Float[Tensor, "n k"], epsilon: float = 0.1, iterations: int = 5
+    cost: Float[Tensor, "n k"],
+    epsilon: float = 0.1,
+    iterations: int = 5,
+    among: Processes | None = ALONE,  # whose rows are sent together; None: all processes'
 ) -> Float[Tensor, "n k"]:
     """Plan of least cost between n vectors and k codes, smoothed by epsilon (Cuturi 2013).
 
@@ -76,7 +79,7 @@ def sinkhorn(
         raise ValueError(f"cost must be (n, k), got shape {tuple(cost.shape)}")
     with torch.autocast(cost.device.type, enabled=False):
         scores = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
-        f, g = _potentials(scores, iterations)
+        f, g = _potentials(scores, iterations, among=among)
         return (scores + f + g).exp()
 
 # %% ../nbs/lib/02e_transport.ipynb #58840a0c
