@@ -36,9 +36,10 @@ class Updates:
         self.total = total
         self.optimizers = optimizers(model, s)
         self.scaler = torch.amp.GradScaler(device.type, enabled=s.autocast == "float16")
-        self.codebook_parameters: list[Tensor] = []  # under alternation
+        self.codebook_parameters: list[Tensor] = []  # its map's too, under alternation
         if alternating(model):
-            self.codebook_parameters = self.optimizers["codebook"].param_groups[0]["params"]
+            groups = self.optimizers["codebook"].param_groups
+            self.codebook_parameters = [p for group in groups for p in group["params"]]
 
     def step(self, step: int, *names: str) -> None:
         "One step of the named optimisers."
