@@ -322,4 +322,4 @@ def test_a_diverged_run_keeps_its_row(tmp_path, monkeypatch):
 def test_a_run_that_the_last_update_spoils_has_diverged(tmp_path):
     spoiled = {"train_limit": 32, "test_limit": 8, "epochs": 1, "lr": 1e30, "out": str(tmp_path)}
     with pytest.raises(NonFiniteLoss, match="the last update made the mse nan"):
-        executed("metrics", method="vq", **spoiled)
+        executed("rows", method="vq", **spoiled)

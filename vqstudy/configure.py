@@ -22,10 +22,11 @@ from .train import Settings
 def settings_for(parameters: Mapping[str, Any], **changes: Any) -> Settings:
     """The settings of a training: the parameters of their names, then `changes`.
 
-    A clip of 0 and an empty autocast mean none. Raises ValueError as Settings does.
+    A clip of 0 and an empty autocast mean none; a list is a tuple. Raises ValueError as Settings.
     """
     names = {setting.name for setting in fields(Settings)}
     given = {name: value for name, value in parameters.items() if name in names} | changes
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     for name in ("clip", "autocast"):
         given[name] = given.get(name) or None
     return Settings(**given)
