@@ -273,6 +273,47 @@ def test_travel_is_how_far_adamw_goes(spec, decay):
         assert far == pytest.approx(travel(model, s, 12)[kind], rel=1e-4)
 
 
+def test_a_run_starts_from_given_weights(tmp_path):
+    "Two epochs are one epoch, and another from its weights, where nothing else is kept."
+
+    def go(epochs, weights=None, path=None, monitor=None):
+        reproducible(0)
+        model = Autoencoder(recipe("vq + ema", 8, 32, channel_dim=1), channels=8)
+        sgd = {"optimizer": "sgd", "warmup": 0.0, "decay": "constant", "lr": 0.1}
+        settings = Settings(epochs=epochs, batch_size=32, **sgd)
+        given = {"weights": weights, "checkpoint": path, "monitor": monitor, "save_every": 0.0}
+        data = random_images(32)
+        return fit(model, reconstruction_loss, data, settings, progress=False, **given)
+
+    first = go(1)
+    # the order within a batch does not matter but for rounding
+    weights = {name: x.clone() for name, x in first.model.state_dict().items()}
+    second = go(1, weights)
+    assert second.history[0]["loss"] == pytest.approx(go(2).history[1]["loss"], rel=1e-5)
+    assert second.history[0]["loss"] < first.history[0]["loss"]
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        go(2, weights, path, interrupt_after(1))
+    with pytest.raises(ValueError, match="run.pt is of another run: weights.decoder"):
+        go(2, None, path)
+    assert same_run(go(2, weights, path), go(2, weights))
+
+
+@pytest.mark.parametrize("wrong, kind, words", [
+    ([], TypeError, "weights must be a state_dict"),
+    ({"w": [1.0]}, TypeError, r"weights\['w'\] must be a torch.Tensor"),
+    ({}, ValueError, r"weights must be the model's: w is \(1,\) float32, got nothing"),
+    ({"w": torch.ones(2)}, ValueError, r"w is \(1,\) float32, got \(2,\) float32"),
+    ({"w": torch.ones(1), "v": torch.ones(1)}, ValueError, "v is nothing, got"),
+])
+def test_weights_of_another_model_are_named(wrong, kind, words):
+    model = Weight(1.0)
+    settings = Settings(batch_size=8)
+    with pytest.raises(kind, match=words):
+        fit(model, lambda m, x, y: (m.w.sum(), {}), random_images(8), settings, weights=wrong)
+    assert float(model.w.detach()) == 1.0
+
+
 def test_sgd_on_the_codebook_is_a_plain_step():
     torch.manual_seed(0)
     model = Autoencoder(recipe("vq", 8, 16, channel_dim=1), channels=8)

@@ -108,8 +108,9 @@ class _Checked:
             one_of(name, getattr(self, name), ("adamw", "sgd"))
         one_of("decay", self.decay, ("cosine", "constant", "step"))
         one_of("autocast", self.autocast, (None, "bfloat16", "float16"))
-        for name in ("channels_last", "compile", "fused"):
+        for name in ("channels_last", "compile", "fused", "flip"):
             flag(name, getattr(self, name))
+        number("crop", self.crop, least=0, most=1)
         _check_lengths(self)
         _check_milestones(self)
 
@@ -142,7 +143,9 @@ class Settings(_Checked):
     inner: int = 1                              # alternation: steps on the codebook,
     outer: int = 1                              # then steps on the network
     fused: bool = True                          # one of each may share a pass (`FusedStep`)
-    seed: int = 0                               # of the order of the data
+    flip: bool = False                          # mirror images with probability 1/2
+    crop: float = 0.0                           # least share of the area of crops; 0: none
+    seed: int = 0                               # of the order of the data, flips and crops
 
 # %% ../nbs/lib/07b_settings.ipynb #5e7d1a06
 def rate_factor(s: Settings, step: int, total: int, trunk: bool = False) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from .augment import augmented
 from .base import Quantizer
 from .refusals import Losses, check_losses
 from .settings import Settings, alternating, asking, optimizers, rate_factor
@@ -90,8 +91,12 @@ class Batches:
         # a generator of its own: the order does not depend on what training has drawn
         generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
-        for rows in order.split(self.s.batch_size)[done : len(self)]:
-            yield self.read(rows)
+        for at, rows in enumerate(order.split(self.s.batch_size)[done : len(self)], step):
+            x, y = self.read(rows)
+            if self.s.flip or self.s.crop:
+                x = augmented(x, self.s.seed, at, self.s.flip, self.s.crop)
+                x = x.contiguous(memory_format=self.memory_format)
+            yield x, y
 
 # %% ../nbs/lib/07e_steps.ipynb #0bd48df6
 @contextmanager

@@ -8,7 +8,7 @@ __all__ = ['History', 'identity', 'refuse_another_run', 'Placed', 'Staged', 'Loo
 
 # %% ../nbs/lib/08_train.ipynb #1d437093
 import copy, math, time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .checkpoint import damaged, describe, describe_module, describe_tensor, differences
 from .checkpoint import load_checkpoint, random_state, reproducible
-from .checkpoint import save_checkpoint, set_random_state
+from .checkpoint import save_checkpoint, set_random_state, start_from
 from .checks import flag, number, typed
 from .lengths import Course, is_annealed, measuring
 from .refusals import Losses, NonFiniteLoss, OutOfTime, check_callable, check_checkpoint
@@ -58,13 +58,16 @@ def identity(
     loss_fn: Callable,  # (model, x, y) -> loss, parts to log
     x: UInt8[Tensor, "n 3 h w"],
     y: Int64[Tensor, "n"] | None,
+    weights: Mapping[str, Tensor] | None = None,  # to start from
 ) -> dict[str, str]:
-    """What a run is, apart from its settings, in words: model, loss and data.
+    """What a run is, apart from its settings, in words: model, loss, data and weights.
 
     Asked for before the first step: an attribute that counts steps would tell a run from itself.
     """
     of_data = {"data.x": describe_tensor(x), "data.y": describe(y)}
-    return describe_module("model", model) | {"loss_fn": describe(loss_fn)} | of_data
+    start = {f"weights.{name}": describe_tensor(x) for name, x in (weights or {}).items()}
+    words = describe_module("model", model) | {"loss_fn": describe(loss_fn)}
+    return words | of_data | start
 
 
 def refuse_another_run(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
@@ -449,6 +452,7 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     # the same at the end of each length, or of all epochs
     score: Callable[[nn.Module], dict[str, float]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,  # a state_dict to start from; None: as it is
     checkpoint: Path | str | None = None,  # written as training goes on; resumed from if it exists
     save_every: float = 60.0,  # seconds of training between checkpoints within an epoch
     # (model, step from 0), before every step of the task -> a row and its seconds, or None
@@ -469,7 +473,9 @@ def fit(
     _refuse_unfit(model, data, settings)
     _check_options(loss_fn, evaluate, score, monitor, checkpoint, save_every, deadline, progress)
     device = check_device(device)
-    own = {} if checkpoint is None else identity(model, loss_fn, data.x, data.y)
+    if weights is not None:
+        start_from(model, weights)
+    own = {} if checkpoint is None else identity(model, loss_fn, data.x, data.y, weights)
     loop = Loop(model, loss_fn, data.x, data.y, settings, device, monitor)
     keeper = Keeper(loop, checkpoint, save_every, deadline, own)
     keeper.resume()
