@@ -257,6 +257,7 @@ def warmed(oracle: Oracle, shape: tuple, k: int, warm: int) -> Quantizer:
             parameter.add_(0.3 * torch.randn_like(parameter))
     for _ in range(warm):
         quantizer(torch.randn(shape, dtype=torch.float64))
+    quantizer.state_dict()  # applies what the last step has gathered
     return quantizer
 
 

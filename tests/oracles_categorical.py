@@ -82,11 +82,34 @@ def router(quantizer, z, p):
         q = hard @ E
         to_z, to_q = (z - q.detach()).pow(2).mean(), (q - z.detach()).pow(2).mean()
         loss = quantizer.alpha * ((1 - quantizer.beta) * to_z + quantizer.beta * to_q)
+    if quantizer.double_loss:
+        q = hard @ E
+        pulls = (out - z).pow(2) + (z - q.detach()).pow(2) + 0.25 * (q - z.detach()).pow(2)
+        loss = loss + quantizer.double_loss * pulls.mean()
     if quantizer.entropy:
         t = torch.softmax(logits / quantizer.entropy_temperature, 1)
-        each, joint = (t * t.log()).sum(1).mean(), (t.mean(0) * t.mean(0).log()).sum()
+        log_mean = (t.mean(0) + quantizer.entropy_eps).log()
+        each, joint = (t * t.log()).sum(1).mean(), (t.mean(0) * log_mean).sum()
         loss = loss + quantizer.entropy * (joint - each)
     return out, codes, loss
+
+
+def released_ibq(z, E, beta=0.25, weight=0.05, temperature=0.01, eps=1e-5):
+    """IBQ by its public formulas: z_q, code, loss.
+
+    One-hot + p - sg(p) times the table; the double quantization loss; the entropy term, 1e-5 inside
+    the logarithm of its mean.
+    """
+    logits = z @ E.T
+    p, codes = torch.softmax(logits, 1), logits.argmax(1)
+    hard = onehot(codes, len(E))
+    z_q, q = (hard - p.detach() + p) @ E, hard @ E
+    loss = (z_q - z).pow(2).mean() + (q.detach() - z).pow(2).mean()
+    loss = loss + beta * (q - z.detach()).pow(2).mean()
+    log_t = torch.log_softmax(logits / temperature, 1)
+    t = log_t.exp()
+    of_mean = -(t.mean(0) * (t.mean(0) + eps).log()).sum()
+    return z_q, codes, loss + weight * (-(t * log_t).sum(1).mean() - of_mean)
 
 
 def sq_started(dim, num_codes, variant, **keywords):
@@ -113,7 +136,8 @@ def started(dim, num_codes, kind, keywords):
 
 
 ALL = dict(
-    tied=True, bias=True, alpha=1.25, entropy=0.1, entropy_temperature=0.5, init_scale=1.0
+    tied=True, bias=True, alpha=1.25, entropy=0.1, entropy_temperature=0.5, init_scale=1.0,
+    double_loss=1.0, entropy_eps=1e-5,
 )
 WIDER = dict(gate="switch", bias=True, code_dim=19)
 ORACLES = {
@@ -132,6 +156,13 @@ ORACLES = {
     "router (commitment)": (built(RouterQuantizer, alpha=5.0, beta=0.9), router),
     "router (entropy)": (built(RouterQuantizer, entropy=0.3, entropy_temperature=0.5), router),
     "router + tied": (built(RouterQuantizer, tied=True), router),
+    "router (double)": (built(RouterQuantizer, double_loss=0.7), router),
+    "router (eps)": (
+        built(RouterQuantizer, entropy=0.3, entropy_temperature=0.5, entropy_eps=0.05),
+        router,
+    ),
+    "router + tied (double)": (built(RouterQuantizer, tied=True, double_loss=1.0), router),
+    "router + switch (double)": (built(RouterQuantizer, gate="switch", double_loss=1.0), router),
     "router + tied (all)": (built(RouterQuantizer, **ALL), router),
     "router + switch": (built(RouterQuantizer, gate="switch"), router),
     "router + switch (bias, wider)": (built(RouterQuantizer, **WIDER), router),

@@ -1,4 +1,7 @@
-"""FSQ, LFQ and BSQ as their papers write them: every code written out, n x k matrices."""
+"""FSQ, LFQ and BSQ as their papers write them: every code written out, n x k matrices.
+
+And as public code has them, by its formulas: `released_lfq`, `released_bsq`.
+"""
 
 import itertools
 from functools import partial
@@ -70,9 +73,54 @@ def signs(quantizer, z, p, spherical=False, rotate=False):
         part = bits[:, first : first + quantizer.group]
         pattern = (part * 2 ** torch.arange(part.shape[1])).sum(1)
         share = torch.zeros(2 ** part.shape[1], dtype=torch.float64).index_add(0, pattern, mean)
-        of_mean = of_mean - (share * share.clamp_min(torch.finfo(torch.float64).tiny).log()).sum()
+        log = (share.clamp_min(torch.finfo(torch.float64).tiny) + quantizer.eps).log()
+        of_mean = of_mean - (share * log).sum()
     loss = loss + quantizer.entropy * (each - quantizer.diversity * of_mean)
-    return outwards(passed(x, codebook[codes], rotate), p), codes, loss
+    q = passed(x, codebook[codes], rotate)
+    if getattr(quantizer, "scale_gradient", False):
+        q = q.detach() + unit * (q - q.detach())
+    return outwards(q, p), codes, loss
+
+
+def written_entropy(p, eps):
+    return -(p * (p + eps).log()).sum(-1)
+
+
+def released_lfq(z, weight=0.1, commitment=0.25, temperature=0.01, eps=1e-5):
+    "Open-MAGVIT2's LFQ in training: z_q, code, loss. One affinity 2 z.c per vector and code."
+    width = z.shape[1]
+    codebook = corners([[-1.0, 1.0]] * width)
+    p = torch.softmax(2 * z @ codebook.T / temperature, 1)
+    each = -(p * p.clamp_min(1e-300).log()).sum(1).mean()
+    q = torch.where(z > 0, 1.0, -1.0)
+    loss = weight * (each - written_entropy(p.mean(0), eps)) + commitment * (z - q).pow(2).mean()
+    code = ((q > 0).long() * 2 ** torch.arange(width)).sum(1)
+    return z + (q - z).detach(), code, loss
+
+
+def released_bsq(
+    z, *, beta=0.0, gamma0=1.0, gamma=1.0, zeta=0.1, inv_temperature=1.0, group=1, analytical=False
+):
+    """The released BSQ with both its normalisations: z_q, code, loss.
+
+    The sign first, straight through, and then the scaling; the entropies over the inverse
+    temperature; the squared error summed over the signs; the first sign as the highest bit.
+    analytical: both entropies are of single signs.
+    """
+    u = F.normalize(z, dim=1)
+    n, width = u.shape
+    sign = torch.where(u > 0, 1.0, -1.0)
+    q = (u + (sign - u).detach()) / width**0.5
+    commit = beta * (q.detach() - u).pow(2).sum(1).mean()
+    size = 1 if analytical else group
+    patterns = corners([[-1.0, 1.0]] * size) / width**0.5
+    logits = 2 * inv_temperature * u.view(n, width // size, size) @ patterns.T
+    p = torch.softmax(logits, -1)
+    each = written_entropy(p, 1e-8).sum(1).mean()
+    of_mean = written_entropy(p.mean(0), 1e-8).sum()
+    loss = commit + zeta * (gamma0 * each - gamma * of_mean) / inv_temperature
+    code = ((sign > 0).long() * 2 ** torch.arange(width - 1, -1, -1)).sum(1)
+    return q, code, loss
 
 
 def twos(dim, num_codes, **keywords):
@@ -89,8 +137,10 @@ ORACLES = {
     "lfq": (LFQ, signs),
     "lfq, a soft temperature": (partial(LFQ, **SOFT), signs),
     "lfq, in groups of two": (partial(LFQ, temperature=1.0, group=2), signs),
+    "lfq, eps": (partial(LFQ, temperature=1.0, eps=0.01), signs),
     "lfq + rotation": (partial(LFQ, rule=rotation()), partial(signs, rotate=True)),
     "bsq": (BSQ, spherical),
     "bsq, committed and joint": (partial(BSQ, **JOINT), spherical),
+    "bsq, scaled gradient": (partial(BSQ, scale_gradient=True), spherical),
     "bsq + rotation": (partial(BSQ, rule=rotation()), partial(spherical, rotate=True)),
 }

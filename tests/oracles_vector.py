@@ -9,6 +9,7 @@ leaves, its gradient.
 
 import torch
 import torch.nn.functional as F
+from vqstudy.ranks import keyed_normal, random_bits
 
 
 def kept(new, old):
@@ -62,9 +63,19 @@ def used(quantizer, x, p, words, life_span=20, **keywords):
         factor, shift = moving(quantizer, table.detach(), x, **keywords)
     dead = quantizer.alive.idle >= life_span if "replace" in words else torch.tensor(False)
     if dead.any():
-        drawn = x[torch.randperm(len(x))[torch.arange(len(table)) % len(x)]]
+        drawn = revived(x, dead, quantizer.key + 1)
         table = kept(torch.where(dead[:, None], (drawn - shift) / factor, table), table)
     return sphere(factor * table + shift, words)
+
+
+def revived(x, dead, key):
+    "The vectors of dead codes, each another one while there are enough, then copies a little off."
+    n, k = len(x), len(dead)
+    drawn = x[random_bits(key, n).argsort()[torch.arange(k) % n]]
+    if k > n:
+        noise = keyed_normal(~key, k - n, x.shape[1]).to(x.dtype)
+        drawn[n:] += 0.01 * drawn.std(0, correction=0) * noise
+    return drawn[(dead.cumsum(0) - 1).clamp_min(0)]
 
 
 def sphere(x, words):

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles_categorical import ORACLES, router
+from oracles_categorical import ORACLES, released_ibq, router
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqstudy.gumbel import GumbelQuantizer
 from vqstudy.logits import route, sharp
-from vqstudy.router import RouterQuantizer, attend
+from vqstudy.quantizers import keywords, recipe
+from vqstudy.router import RouterQuantizer, attend, entropy_term, routed
 from vqstudy.sqvae import SQQuantizer
 
 NUMBER = "must be a finite number"
@@ -40,6 +42,9 @@ BAD = [  # kind, arguments, error, message
     (RouterQuantizer, dict(code_dim=8, tied=True), ValueError, "code_dim must be dim = 4 .* got 8"),
     (RouterQuantizer, dict(code_dim=8, init="copy"), ValueError, "code_dim must be dim = 4"),
     (RouterQuantizer, dict(code_dim=8, alpha=1.0), ValueError, "code_dim must be dim = 4"),
+    (RouterQuantizer, dict(code_dim=8, double_loss=1.0), ValueError, "code_dim must be dim = 4 .* got 8"),
+    (RouterQuantizer, dict(double_loss=-1), ValueError, f"double_loss {NUMBER} at least 0, got -1"),
+    (RouterQuantizer, dict(entropy_eps=-1e-5), ValueError, f"entropy_eps {NUMBER} at least 0"),
     (RouterQuantizer, dict(beta=1.1), ValueError, f"beta {NUMBER} at least 0 and at most 1, got 1.1"),
     (RouterQuantizer, dict(entropy=-0.1), ValueError, f"entropy {NUMBER} at least 0"),
     (RouterQuantizer, dict(entropy_temperature=0), ValueError, f"entropy_temperature {NUMBER} above 0"),
@@ -175,6 +180,7 @@ OPTIONS = [
     {"gate": "switch", "bias": True},
     {"gate": "switch", "tied": True},
     {"entropy": 2.0, "entropy_temperature": 0.3, "bias": True},
+    {"tied": True, "double_loss": 3.0, "entropy": 2.0, "entropy_temperature": 0.3, "entropy_eps": 1e-5},
 ]
 
 
@@ -200,6 +206,9 @@ def test_gradients_over_many_tiles(options):
         assert torch.equal(quantizer.encode(x), out.codes)
 
 
+ONCE = "the router is differentiable once"
+
+
 def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
     quantizer, z = RouterQuantizer(8, 16), torch.randn(5, 8, requires_grad=True)
 
@@ -209,12 +218,91 @@ def test_router_cannot_be_differentiated_twice_but_by_plain_matrices():
         return torch.autograd.grad(grad.sum(), z)[0]
 
     (grad,) = torch.autograd.grad(quantizer(z).z_q.pow(2).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=ONCE):
         grad.sum().backward()
     with pytest.raises(RuntimeError, match="not implemented"):
         twice()
     with sdpa_kernel(SDPBackend.MATH):
         assert twice().isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "switch"}, {"entropy": 1.0}], ids=str)
+def test_torch_func_is_refused_a_second_derivative_too(options):
+    quantizer, z = RouterQuantizer(8, 16, check_finite=False, **options), torch.randn(5, 8)
+    task = lambda z: (lambda out: out.z_q.pow(2).sum() + out.loss)(quantizer(z))
+    assert grad(task)(z).abs().sum() > 0
+    with pytest.raises(RuntimeError, match=ONCE):
+        grad(lambda z: grad(task)(z).sum())(z)
+    with pytest.raises(RuntimeError, match=ONCE):
+        vmap(grad(lambda z: grad(task)(z).sum()))(z[None])
+
+
+MAPPED = [(0, 0), (None, 0), (0, None)]  # of the parameters, of z
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("over", MAPPED, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_vmap_equals_a_loop(options, over):
+    "Values, codes, losses, and the gradients to z and to all parameters."
+    torch.manual_seed(0)
+    options = {"check_finite": False, "init_scale": 1.0} | options
+    parts = [RouterQuantizer(4, 9, **options).double() for _ in range(3)]
+    parameters, buffers = stack_module_state(parts)
+    z = torch.randn(3, 20, 4, dtype=torch.float64)
+    if over[0] is None:
+        parameters = {name: stacked[0] for name, stacked in parameters.items()}
+    z = z if over[1] == 0 else z[0]
+
+    def outputs(p, z):
+        return functional_call(parts[0], (p, {}), (z,))
+
+    def task(p, z):
+        out = outputs(p, z)
+        return out.z_q.pow(2).sum() + out.loss
+
+    stacked = vmap(outputs, over)(parameters, z)
+    to_parameters, to_z = vmap(grad(task, (0, 1)), over)(parameters, z)
+    for i in range(3):
+        own = {name: t if over[0] is None else t[i] for name, t in parameters.items()}
+        own = {name: t.detach().clone().requires_grad_() for name, t in own.items()}
+        x = (z if over[1] is None else z[i]).clone().requires_grad_()
+        one = outputs(own, x)
+        assert torch.equal(stacked.z_q[i], one.z_q) and torch.equal(stacked.codes[i], one.codes)
+        assert abs(stacked.loss[i] - one.loss) < 1e-13
+        wanted = torch.autograd.grad(one.z_q.pow(2).sum() + one.loss, (x, *own.values()))
+        assert torch.allclose(to_z[i], wanted[0], atol=1e-13)
+        for name, of_name in zip(own, wanted[1:]):
+            assert torch.allclose(to_parameters[name][i], of_name, atol=1e-13), name
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_gradients_pass_through_a_vmap_and_many_at_once(options):
+    "Plain autograd around vmap; a Jacobian, whose backward pass is mapped."
+    torch.manual_seed(0)
+    quantizer = RouterQuantizer(4, 9, check_finite=False, init_scale=1.0, **options).double()
+    z = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (z, *quantizer.parameters())
+    around = vmap(lambda z: quantizer(z).z_q)(z).pow(3).sum()
+    wanted = torch.autograd.grad(quantizer(z).z_q.pow(3).sum(), leaves)
+    for ours, whole in zip(torch.autograd.grad(around, leaves), wanted):
+        assert torch.allclose(ours, whole, atol=1e-12)
+    one = z[0, :1].detach()
+    jacobian = jacrev(lambda z: quantizer(z).z_q)(one)[0, :, 0]
+    leaf = one.clone().requires_grad_()
+    q = quantizer(leaf).z_q[0]
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0][0] for value in q]
+    assert torch.allclose(jacobian, torch.stack(rows), atol=1e-13)
+
+
+def test_vmap_within_vmap_and_without_gradients():
+    torch.manual_seed(0)
+    x, W, E = torch.randn(2, 3, 5, 4), torch.randn(9, 4), torch.randn(9, 3)
+    codes = (x @ W.T).argmax(-1)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            q, found = vmap(vmap(lambda x: routed(x, W, None, E)))(x)
+        assert torch.equal(found, codes) and torch.equal(q, E[codes])
 
 
 def test_a_router_without_a_decoder_gradient_learns_nothing():
@@ -246,6 +334,80 @@ def test_a_tied_router_and_a_copy_start_alike():
     both, of_table = tied.book.weight.grad, copied.book.weight.grad
     assert torch.allclose(both, of_table + copied.keys.grad, atol=1e-5)
     assert F.cosine_similarity(both.flatten(), of_table.flatten(), dim=0) < 1
+
+
+# --- As released
+
+IBQ = dict(double_loss=1.0, entropy=0.05, entropy_eps=1e-5)
+
+
+def compared(out, theirs, leaves, g):
+    "The largest differences of value, loss, and the gradients of the task and of the loss."
+    z_q, codes, loss = theirs
+    assert torch.equal(out.codes, codes)
+    pairs = [(out.z_q, z_q), (out.loss, loss)]
+    for ours, wanted in (((out.z_q * g).sum(), (z_q * g).sum()), (out.loss, loss)):
+        found = torch.autograd.grad(ours, leaves, retain_graph=True, allow_unused=True)
+        other = torch.autograd.grad(wanted, leaves, retain_graph=True, allow_unused=True)
+        pairs += [pair for pair in zip(found, other) if pair[1] is not None]
+    return [(a - b).abs().max().item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("n,d,k", [(40, 5, 9), (200, 16, 64)])
+def test_a_tied_router_with_ibqs_losses_is_ibq(n, d, k):
+    torch.manual_seed(0)
+    quantizer = recipe("router + tied", d, k, init_scale=1.0, **IBQ).double()
+    z, g = torch.randn(2, n, d, dtype=torch.float64)
+    leaves = (z.requires_grad_(), quantizer.book.weight)
+    largest = compared(quantizer(z), released_ibq(z, quantizer.book.weight), leaves, g)
+    assert max(largest) < 1e-13, largest
+    for left_out in IBQ:
+        other = recipe("router + tied", d, k, **IBQ | {left_out: 0.0}).double()
+        other.load_state_dict(quantizer.state_dict())
+        assert abs(other(z).loss - quantizer(z).loss) > 1e-7, left_out
+
+
+def test_the_double_loss_reaches_every_code_and_the_commitment_the_chosen_ones():
+    torch.manual_seed(0)
+    z = torch.randn(6, 4)
+    for losses, everywhere in (({"double_loss": 1.0}, True), ({"alpha": 1.25}, False)):
+        quantizer = RouterQuantizer(4, 32, tied=True, **losses)
+        out = quantizer(z)
+        out.loss.backward()
+        moved = quantizer.book.weight.grad.abs().sum(1) > 0
+        assert moved.all() if everywhere else moved.sum() == len(out.codes.unique()) < 32
+
+
+def test_no_keyword_of_vqs_commitment_loss_reaches_a_router():
+    "A notebook hands its alpha and beta to every recipe that takes them."
+    assert not {"alpha", "beta"} & set(keywords("router + tied"))
+
+
+def test_what_1e_5_inside_the_logarithm_does_at_2_18_codes():
+    "One vector, k numbers: log k less log(1 / (1/k + 1e-5)), and 0.476 of the push."
+    torch.manual_seed(0)
+    k, p, eps = 2**18, 2**-18, 1e-5
+    zero, nearly = torch.zeros(k, 1, dtype=torch.float64), 1e-3 * torch.randn(k, 1).double()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert entropy_term(one, zero, eps=eps).item() == pytest.approx(math.log(k) + math.log(p + eps))
+    assert round(math.log(k), 2) == 12.48 and round(-math.log(p + eps), 2) == 11.19
+    keys = nearly.clone().requires_grad_()
+    q = keys.T.softmax(1)
+    exact = torch.autograd.grad(-(q * q.log()).sum(), keys)[0]
+    # of one vector the two exact entropies cancel; with eps the second has only this share
+    left = torch.autograd.grad(entropy_term(one, keys, eps=eps), keys)[0]
+    share = p * (p + 2 * eps) / (p + eps) ** 2
+    assert round(share, 3) == 0.476
+    assert torch.allclose(left, (1 - share) * exact, rtol=1e-2, atol=1e-3 * exact.abs().max())
+
+
+def test_sq_variant_3_with_its_head_frozen_has_the_variance_of_their_variant_1():
+    "Their public code adds exp(0) there: 1 + exp(s)."
+    quantizer, x = SQQuantizer(6, 50, variant=3), torch.randn(5, 6)
+    quantizer.head.requires_grad_(False)
+    quantizer.log_scale.data.fill_(-1.0)
+    assert torch.allclose(quantizer.variance(x), torch.full((5, 6), 1 + math.exp(-1.0)))
+    assert torch.allclose(SQQuantizer(6, 50, variant=1).variance(x), torch.full((5, 6), 20.0))
 
 
 @pytest.mark.parametrize("hard", [True, False])

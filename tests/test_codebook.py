@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.cluster import KMeans
 from vqstudy.codebook import Affine, Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
-from vqstudy.codebook import draw, kaiming, kmeans, normal
+from vqstudy.codebook import draw, kaiming, kmeans, normal, sample
 
 
 def inertia(z, centres):
@@ -46,7 +46,32 @@ def test_kmeans_with_any_number_of_samples(n, k):
 def test_draw_repeats_nothing_while_it_can():
     z = torch.arange(10.0)[:, None]
     assert len(draw(z, 7).unique()) == 7
-    assert sorted(draw(z, 25).unique(return_counts=True)[1].tolist()) == [2] * 5 + [3] * 5
+    drawn = draw(z, 25)
+    assert sorted(drawn.round().unique(return_counts=True)[1].tolist()) == [2] * 5 + [3] * 5
+
+
+@pytest.mark.parametrize("take", [draw, sample, kmeans])
+def test_copies_are_moved_a_little(take):
+    torch.manual_seed(0)
+    z = torch.arange(10.0)[:, None].repeat(1, 3) * torch.tensor([1.0, 10.0, 0.0])
+    drawn = take(z, 64)
+    assert torch.isin(z[:, 0], drawn[:, 0]).all() and len(drawn.unique(dim=0)) == 64
+    far = (drawn[:, None] - z).abs()
+    nearest = far.sum(2).argmin(1)
+    away = far[torch.arange(64), nearest] / z.std(0).clamp_min(1e-9)
+    assert away.max() < 0.06 and (drawn[:, 2] == 0).all()  # no spread, nothing to be moved by
+
+
+def test_dead_codes_take_different_vectors_while_there_are_enough():
+    torch.manual_seed(0)
+    z, book, alive = torch.randn(16, 8), Codebook(8, 64), Replacement(64, life_span=1)
+    alive.idle[::5] = 1  # 13 dead codes, 16 vectors
+    alive.revive(z, book)
+    revived = book.weight.detach()[::5]
+    assert len(revived.unique(dim=0)) == 13 and torch.isin(revived, z).all()
+    alive.idle.fill_(1)  # 64 dead codes
+    alive.revive(z, book)
+    assert len(book.weight.unique(dim=0)) == 64 and torch.isin(z, book.weight).all()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1e-5, 0.1])
@@ -162,7 +187,7 @@ ARGUMENTS = {  # of each class: what is right, and the types of the arguments
     ),
     MovingAverage: (
         dict(weight=torch.ones(4, 2)),
-        dict(weight=torch.Tensor, decay=float, smoothing=float),
+        dict(weight=torch.Tensor, decay=float, smoothing=float, start=str),
     ),
     Replacement: (dict(num_codes=4), dict(num_codes=int, life_span=int)),
 }

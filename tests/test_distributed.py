@@ -3,20 +3,24 @@
 They equal those of one process on the joined batch.
 """
 
+import copy
+import pickle
 import time
 from dataclasses import dataclass, field
 from functools import cache, partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
-from vqstudy.router import RouterQuantizer
 from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from vqstudy.lattice import BSQ, FSQ, LFQ
+from vqstudy.measure import Monitor, gradient_gap
 from vqstudy.quantizers import keywords, recipe, recipes
 from vqstudy.ranks import from_first, total
+from vqstudy.router import RouterQuantizer
 from vqstudy.transport import OptVQ
 from vqstudy.vector import SimVQ, StochasticQuantizer, VectorQuantizer
 
@@ -147,6 +151,7 @@ def steps(rank, case, data):
     # only the first rank has the seed of the one process
     torch.manual_seed(rank * 100 if rank else 0)
     quantizer = case.build().double().train()
+    quantizer.before_training()
     start = {name: value.clone() for name, value in quantizer.state_dict().items()}
     for parts in data[case.data]:
         z = (torch.cat(parts) if rank is None else parts[rank].clone()).requires_grad_()
@@ -180,18 +185,67 @@ def without_collectives(patch):
 def evaluations(rank, cases, data):
     "In evaluation a rank may be alone with its batch: it asks the others for nothing."
     for case in cases:
-        quantizer = case.build().double().eval()
         with pytest.MonkeyPatch.context() as patch:
             without_collectives(patch)
+            quantizer = case.build().double().eval()
             z = data[case.data][0][rank]
             quantizer.decode(quantizer(z).codes)
             quantizer.train().encode(z)
+
+
+def measurements():
+    "Nor does a rank that measures alone, on a copy in training mode, ask anybody."
+    torch.manual_seed(0)
+    encode, decode = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(encode, KEPT(4, 8, init="kmeans"), decode).train()
+    x = torch.randn(16, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        without_collectives(patch)
+        gap = gradient_gap(model, lambda m, b: (Pass(m)(b) - b).pow(2).mean(), x)
+        monitor = Monitor(lambda m, x, y: (Pass(m)(x) - x).pow(2).mean(), x, at=lambda step: True)
+        row, _ = monitor(model, 0)
+        quantizer = model[1].set_codebook(torch.randn(8, 4))
+        copy.deepcopy(model).eval().load_state_dict(model.state_dict())
+    return {"gap": torch.tensor(gap.total), "row": torch.tensor(row["gap"])}
+
+
+class Pass:
+    "A model's output, where the quantizer in it returns three things."
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        encode, quantizer, decode = self.model
+        return decode(quantizer(encode(x)).z_q)
+
+
+def in_group(rank, data, group):
+    "Training steps of a quantizer whose processes are those of the group."
+    torch.manual_seed(rank * 100)
+    make = partial(KEPT, init="kmeans", life_span=1, process_group=group)
+    quantizer = ResidualQuantizer(4, 8, 2, make).double().train()
+    for parts in data["vectors"]:
+        quantizer(parts[rank])
+    return quantizer.state_dict()
+
+
+def groups(rank, data):
+    "The first two processes together, and each by itself."
+    pair = dist.new_group([0, 1])
+    grouped = in_group(rank, data, pair if rank < 2 else "local")
+    with pytest.MonkeyPatch.context() as patch:
+        without_collectives(patch)
+        local = in_group(rank, data, "local")
+    return {"grouped": grouped, "local": local}
 
 
 def everything(rank, data):
     "One start of the processes for all tests."
     evaluations(rank, CASES.values(), data)
     return {
+        "measured": measurements(),
+        "groups": groups(rank, data),
         "total": total(torch.tensor([rank, 1])),
         "threads": torch.get_num_threads(),
         **{name: steps(rank, case, data) for name, case in (CASES | LOOSE).items()},
@@ -284,6 +338,46 @@ def test_a_code_is_dead_where_no_rank_chooses_it(run):
         died = rank["replace, no code dead for one rank"]
         before, after = died["start"]["book.weight"], died["state"]["book.weight"]
         assert torch.equal(after[:4], before[:4]) and not torch.equal(after[4:], before[4:])
+
+
+def test_measuring_asks_nobody(run):
+    for result in run[0]:
+        assert equal(result["measured"], run[0][0]["measured"])
+        assert result["measured"]["gap"] > 0
+
+
+def test_a_group_trains_together_and_nobody_else(run):
+    first, second, *rest = [result["groups"] for result in run[0]]
+    assert equal(first["grouped"], second["grouped"])
+    for other in rest:
+        assert equal(other["grouped"], other["local"])
+        assert not equal(other["grouped"], first["grouped"])
+    assert not equal(first["local"], second["local"])
+
+
+def test_a_group_makes_what_one_process_makes_of_its_parts(run):
+    torch.manual_seed(0)
+    data = batches(len(run[0]))["vectors"]
+    joined = {"vectors": [[torch.cat(parts[:2])] for parts in data]}
+    alone = in_group(0, joined, None)
+    assert close(alone, run[0][0]["groups"]["grouped"])
+
+
+def test_a_copy_keeps_its_processes_and_a_pickle_those_that_it_can():
+    for group, pickled in ((None, None), ("local", "local")):
+        quantizer = ResidualQuantizer(4, 8, process_group=group)
+        copied = copy.deepcopy(quantizer)
+        assert copied.process_group == group and copied.parts[0].process_group == group
+        assert pickle.loads(pickle.dumps(quantizer)).process_group == pickled
+    copied.process_group = None
+    assert copied.parts[0].process_group is None
+
+
+@pytest.mark.parametrize("spec", recipes())
+def test_every_quantizer_takes_a_process_group(spec):
+    assert recipe(spec, 4, 16, process_group="local").process_group == "local"
+    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup"):
+        recipe(spec, 4, 16, process_group=3)
 
 
 UNATTENDED = [spec for spec in recipes() if not {"exact", "hessian"} & set(spec.split(" + "))]

@@ -16,6 +16,7 @@ RULES = {
     "rotation projected": rotation(project=True),
     "reflection": reflection(),
     "reflection unit": reflection("unit"),
+    "reflection projected": reflection(project=True),
 }
 SHAPES = [(1, 2), (7, 3), (40, 16), (5, 64)]
 
@@ -58,6 +59,9 @@ def naive(name, z, q):
         ),
         "reflection": lambda: ratio * turned(zd, qd, z, mirror=True),
         "reflection unit": lambda: turned(zd, qd, z, mirror=True),
+        "reflection projected": lambda: (
+            ratio * turned(zd, qd, unit(z), mirror=True) * zd.norm(dim=1, keepdim=True)
+        ),
     }[name]()
 
 
@@ -125,12 +129,27 @@ def test_the_factor_is_clamped():
     assert torch.allclose(rotation()(z, q, g)[0].norm(), torch.tensor(1e6))
 
 
-def test_projected_has_no_radial_part():
+@pytest.mark.parametrize("rule", [rotation, reflection])
+def test_projected_has_no_radial_part(rule):
+    "And nothing else is lost: what is left out lies along z."
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 100, 9, dtype=torch.float64)
-    grad = rotation(project=True)(z, q, g)[0]
+    grad, whole = rule(project=True)(z, q, g)[0], rule()(z, q, g)[0]
     assert (grad * z).sum(1).abs().max() < 1e-12
-    assert (rotation()(z, q, g)[0] * z).sum(1).abs().max() > 0.1
+    assert (whole * z).sum(1).abs().max() > 0.1
+    e = unit(z)
+    assert torch.allclose(whole - grad, e * (whole * e).sum(1, keepdim=True))
+
+
+def test_projected_where_nothing_is_mirrored():
+    "q along z: the identity, without its part along z; z or q zero: straight-through."
+    torch.manual_seed(0)
+    z, g = torch.randn(2, 20, 5, dtype=torch.float64)
+    e = unit(z)
+    expected = 3 * (g - e * (g * e).sum(1, keepdim=True))
+    assert torch.allclose(reflection(project=True)(z, 3 * z, g)[0], expected)
+    assert torch.equal(reflection(project=True)(0 * z, z, g)[0], g)
+    assert torch.equal(reflection(project=True)(z, 0 * z, g)[0], g)
 
 
 def test_on_the_sphere_norm_and_unit_coincide():

@@ -129,7 +129,9 @@ GRAPHS_OF_CODES = ("vq + l2", "optvq", "gumbel", "router + switch", "bsq")
 def test_one_training_graph_for_all_batches(name):
     if name in NOT_ONE_GRAPH:
         pytest.skip(NOT_ONE_GRAPH[name])
-    assert graphs_of_sizes(build(name).train(), name) == 1
+    # revival has one more for batches of fewer vectors than codes, which make copies
+    most = 2 if "replace" in name else 1
+    assert graphs_of_sizes(build(name).train(), name) <= most
 
 
 @pytest.mark.parametrize("name", GRAPHS_OF_CODES)

@@ -1,4 +1,4 @@
-"""FSQ, LFQ and BSQ: exact values, widths, dtypes, entropies, bad arguments, peers.
+"""FSQ, LFQ and BSQ: exact values, widths, dtypes, entropies, bad arguments, released forms, peers.
 
 What every quantizer must keep is in test_quantizers.
 """
@@ -6,7 +6,7 @@ What every quantizer must keep is in test_quantizers.
 import math
 import pytest
 import torch
-from oracles_lattice import ORACLES
+from oracles_lattice import ORACLES, released_bsq, released_lfq
 from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import FSQ as PeerFSQ
 from vector_quantize_pytorch import LFQ as PeerLFQ
@@ -228,6 +228,8 @@ BAD = [  # make, error, message
     (lambda: LFQ(4, 8, diversity=math.nan), ValueError, f"diversity {NUMBER} at least 0, got nan"),
     (lambda: BSQ(4, 8, commitment=-0.1), ValueError, f"commitment {NUMBER} at least 0"),
     (lambda: BSQ(4, 8, temperature=0.0), ValueError, f"temperature {NUMBER} above 0, got 0.0"),
+    (lambda: LFQ(4, 8, eps=-1e-5), ValueError, f"eps {NUMBER} at least 0, got -1e-05"),
+    (lambda: BSQ(4, 8, scale_gradient=1), TypeError, "scale_gradient must be True or False, got 1"),
     (lambda: LFQ(4, 8, group=0), ValueError, "group must be at least 1, got 0"),
     (lambda: LFQ(4, 8, group=25), ValueError, "group must be at most 24, got 25"),
     (lambda: LFQ(4, True), TypeError, "num_codes must be an int, got True"),
@@ -242,6 +244,134 @@ BAD = [  # make, error, message
 def test_bad_arguments_are_named(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+# ---- as released ----
+
+
+def flipped(codes, width):
+    return sum((codes >> i & 1) << (width - 1 - i) for i in range(width))
+
+
+def gradients(output, z, g):
+    "Of the task (z_q g) and of the loss, to z."
+    z_q, _, loss = output
+    (of_task,) = torch.autograd.grad((z_q * g).sum(), z, retain_graph=True)
+    return of_task, torch.autograd.grad(loss, z)[0]
+
+
+def drawn(n, width, size=1.0):
+    torch.manual_seed(width)
+    z, g = torch.randn(2, n, width, dtype=torch.float64)
+    return (size * z).requires_grad_(), g
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_lfq_with_their_eps_is_open_magvit2s(width):
+    z, g = drawn(60, width, 0.02)
+    theirs = released_lfq(z)
+    released = gradients(theirs, z, g)
+    out = LFQ(width, 2**width, eps=1e-5).double()(z)
+    assert torch.equal(out.codes, theirs[1]) and torch.allclose(out.z_q, theirs[0], atol=1e-15)
+    assert abs(out.loss - theirs[2]) < 1e-14
+    for ours, wanted in zip(gradients(out, z, g), released):
+        assert torch.allclose(ours, wanted, atol=1e-14)
+    exact = LFQ(width, 2**width).double()(z)
+    assert 1e-6 < theirs[2] - exact.loss < 1e-5 * 2**width
+
+
+SETTINGS = [  # theirs, ours
+    (dict(analytical=True), dict()),
+    (dict(analytical=True, group=3), dict()),
+    (dict(group=3), dict(group=3)),
+    (dict(inv_temperature=4.0), dict(temperature=0.25, entropy=0.1 / 4)),
+    (dict(gamma0=0.5, gamma=0.4), dict(entropy=0.05, diversity=0.8)),
+    (dict(beta=0.3, zeta=0.0), dict(entropy=0.0, commitment=0.3)),  # times the width
+]
+
+
+@pytest.mark.parametrize("width", [6, 18])
+@pytest.mark.parametrize("theirs,ours", SETTINGS)
+def test_bsq_with_a_scaled_gradient_is_the_released_one(width, theirs, ours):
+    z, g = drawn(40, width)
+    released = released_bsq(z, **theirs)
+    wanted = gradients(released, z, g)
+    ours = ours | {"commitment": width * ours.get("commitment", 0.0)}
+    out = BSQ(width, 2**width, scale_gradient=True, **ours).double()(z)
+    assert torch.equal(flipped(out.codes, width), released[1])
+    assert torch.allclose(out.z_q, released[0], atol=1e-15)
+    # 1e-8 inside each of their logarithms
+    assert abs(out.loss - released[2]) < 1e-7
+    for grad, their_grad in zip(gradients(out, z, g), wanted):
+        assert torch.allclose(grad, their_grad, atol=1e-14)
+
+
+@pytest.mark.parametrize("width,times", [(6, 2.45), (18, 4.24)])
+def test_the_gradient_of_bsq_is_so_many_times_the_released_one(width, times):
+    z, g = drawn(40, width)
+    of_task, of_loss = gradients(released_bsq(z, beta=0.3), z, g)
+    root = width**0.5
+    out = BSQ(width, 2**width, commitment=0.3 * width).double()(z)
+    ours = gradients(out, z, g)
+    assert round(float(ours[0].norm() / of_task.norm()), 2) == times
+    assert torch.allclose(ours[0], root * of_task) and torch.allclose(ours[1], of_loss)
+    # the other way: both weights times the root, and the sum is the released one times the root
+    out = BSQ(width, 2**width, entropy=0.1 * root, commitment=0.3 * width * root).double()(z)
+    assert torch.allclose(sum(gradients(out, z, g)), root * (of_task + of_loss))
+
+
+def test_a_vector_of_zero_passes_its_gradient_whole():
+    "The released normalisation divides by at least 1e-12 there, and multiplies the gradient."
+    z, g = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True), torch.ones(1, 4)
+    q, code, _ = released_bsq(z)
+    out = BSQ(4, 16).double()(z)
+    assert out.codes == code == 0 and torch.equal(out.z_q, q)
+    assert torch.equal(torch.autograd.grad(out.z_q, z, g.double())[0], g.double())
+    assert torch.allclose(torch.autograd.grad(q, z, g.double())[0], 1e12 / 2 * g.double())
+
+
+# ---- entropies of 2^18 codes ----
+
+
+def push(logits, entropy):
+    "The gradient of an entropy of the mean."
+    return torch.autograd.grad(entropy, logits)[0]
+
+
+def test_what_1e_5_inside_the_logarithm_does_at_2_18_codes():
+    even = torch.zeros(1, 18, dtype=torch.float64)
+    exact, theirs = (entropies(even, eps=eps)[1].item() for eps in (0.0, 1e-5))
+    assert exact == pytest.approx(12.4766, abs=1e-4) and theirs == pytest.approx(11.1898, abs=1e-4)
+    assert exact == pytest.approx(math.log(2**18))
+    assert theirs == pytest.approx(-math.log(2**-18 + 1e-5))
+    torch.manual_seed(0)
+    nearly = (1e-3 * torch.randn(1, 18, dtype=torch.float64)).requires_grad_()
+    pushes = [push(nearly, entropies(nearly, eps=eps)[1]) for eps in (0.0, 1e-5)]
+    p, eps = 2**-18, 1e-5
+    share = p * (p + 2 * eps) / (p + eps) ** 2
+    assert round(share, 3) == 0.476 and round(1 / share, 1) == 2.1
+    assert torch.allclose(pushes[1], share * pushes[0], rtol=1e-4, atol=0)
+
+
+def test_what_1e_5_does_on_a_batch_at_2_18_codes():
+    "A mean that is nearly, not quite even: entropies 12.4 and 11.2, a push of 0.53."
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(4096, 18)).requires_grad_()
+    means = [entropies(logits, eps=eps)[1] for eps in (0.0, 1e-5)]
+    sizes = [push(logits, mean).norm().item() for mean in means]
+    assert [round(mean.item(), 1) for mean in means] == [12.4, 11.2]
+    assert sizes[1] / sizes[0] == pytest.approx(0.53, abs=0.01)
+
+
+def test_a_logarithm_cut_off_at_1e_5_does_not_push_at_all_at_2_18_codes():
+    "As vector-quantize-pytorch has it: every code's share is below, and the shares sum to 1."
+    torch.manual_seed(0)
+    logits = (1e-3 * torch.randn(2**18, dtype=torch.float64)).requires_grad_()
+    cut, exact = (
+        push(logits, -(p * p.clamp_min(least).log()).sum())
+        for p, least in ((logits.softmax(0), 1e-5), (logits.softmax(0), 0.0))
+    )
+    assert cut.norm() < 1e-9 * exact.norm()
 
 
 # ---- a peer ----
@@ -267,10 +397,6 @@ def test_fsq_agrees_with_vector_quantize_pytorch(dim):
     out, (q, codes) = ours(z), theirs(z)
     agree = out.codes == codes
     assert agree.double().mean() > 0.98 and (out.z_q - q)[agree].abs().max() < 1e-6
-
-
-def flipped(codes, width):
-    return sum((codes >> i & 1) << (width - 1 - i) for i in range(width))
 
 
 @pytest.mark.parametrize("dim", [6, 16])

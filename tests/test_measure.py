@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
 from vqstudy.measure import Meter, code_counts, perplexity, usage
 from vqstudy.models import Autoencoder
-from vqstudy.scores import reconstruction_scores
+from vqstudy.photos import photos
+from vqstudy.scores import reconstruction_scores, ssim
 from vqstudy.vector import VectorQuantizer
 
 
@@ -81,6 +82,54 @@ def test_each_position_is_counted_by_itself(code_shape):
         pooled = code_counts(codes, 9)
         assert usage(pooled) > got["usage"]
         assert perplexity(pooled) > got["perplexity"]
+
+
+def noisy_photos(height, width):
+    "Eight photographs, each with more noise than the one before it, and without."
+    torch.manual_seed(0)
+    x = photos("test", 64).x[:8, :, :height, :width].float() / 255
+    levels = torch.linspace(0.01, 0.2, 8)[:, None, None, None]
+    return (x + levels * torch.randn_like(x)).clamp(0, 1), x
+
+
+@pytest.mark.parametrize("height,width", [(64, 64), (32, 32), (11, 11), (40, 13)])
+def test_structural_similarity_is_that_of_scikit_image(height, width):
+    from skimage.metrics import structural_similarity
+
+    y, x = noisy_photos(height, width)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(y.double().numpy(), x.double().numpy())
+    theirs = [structural_similarity(*p, channel_axis=0, data_range=1.0, **options) for p in pairs]
+    assert ssim(y, x).tolist() == pytest.approx(theirs, abs=1e-10)
+    # in half precision y is rounded, and nothing else
+    assert torch.equal(ssim(y.bfloat16(), x), ssim(y.bfloat16().double(), x))
+
+
+def test_structural_similarity_leaves_the_border_out():
+    "torchmetrics goes on over a reflection of the image: other windows, another mean."
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    y, x = noisy_photos(32, 32)
+    theirs = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+    assert (theirs - ssim(y, x)).abs().max() > 3e-3
+    _, inside = structural_similarity_index_measure(
+        y, x, data_range=1.0, reduction="none", return_full_image=True
+    )
+    within = inside[..., 5:-5, 5:-5].double().mean((1, 2, 3))
+    assert ssim(y, x).tolist() == pytest.approx(within.tolist(), abs=1e-4)
+
+
+def test_structural_similarity_of_a_flat_image():
+    "In float32 the variances of a bright flat image would be of the size of the constants."
+    flat = torch.full((1, 3, 32, 32), 0.9)
+    assert float(ssim(flat, flat)) == pytest.approx(1, abs=1e-12)
+    dark = torch.full((1, 3, 32, 32), 0.3)
+    means = (2 * 0.9 * 0.3 + 1e-4) / (0.9**2 + 0.3**2 + 1e-4)
+    assert float(ssim(flat, dark)) == pytest.approx(means, abs=1e-6)
+    narrow = flat[..., :10]
+    for pair in ((narrow, narrow), (flat, flat[:, :1])):
+        with pytest.raises(ValueError, match=r"one shape, at least 11 pixels, got \(1, 3, 32, "):
+            ssim(*pair)
 
 
 # Codes where the data are, or an untrained encoder uses one of them.

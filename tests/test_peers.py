@@ -87,6 +87,7 @@ def test_moving_averages_agree(l2, turned):
     for _ in range(10):
         z, g = batch(scale=1 if l2 else 0.5)
         assert agree(step(ours, z, g), step(theirs, z, g))
+        ours.settle()
         book = theirs._codebook
         mine = ours.average.counts, ours.average.sums, ours.codebook
         assert agree(mine, (book.cluster_size[0], book.embed_avg[0], book.embed[0]), 1e-4)
@@ -175,6 +176,7 @@ def test_heads_are_groups(shared):
     for _ in range(5):
         z, g = batch()
         assert agree(step(ours, z, g), step(theirs, z, g))
+        ours.state_dict()  # applies what the step has gathered
         assert agree(ours.codebook, theirs._codebook.embed, 1e-4)
 
 
@@ -312,13 +314,14 @@ def test_their_revived_codes_miss_the_data_under_an_affine_map():
     z, book = 50 + batch(12)[0], theirs._codebook
     theirs(z)
     ours(z)
+    ours.settle()
     revived, idle = book.cluster_size[0] == 2, ours.alive.idle == 1
     ours(z)
     scale = (book.batch_variance / book.codebook_variance).sqrt()
     used = (book.embed - book.codebook_mean) * scale + book.batch_mean
     off, ours_off = (torch.cdist(codes, z[0]).amin(1) for codes in (used[0], ours.codebook))
     assert revived.any() and off[revived].min() > 100
-    assert idle.any() and ours_off[idle].max() < 1e-3
+    assert idle.any() and ours_off[idle].max() < 0.1  # copies of the vectors are moved a little
 
 
 def test_their_k_means_begins_in_evaluation():

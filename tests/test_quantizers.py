@@ -228,9 +228,6 @@ def test_compiles_without_a_break(name):
         promised = VectorQuantizer.__doc__.split("Compiles with fullgraph=True")[1]
         assert NOT_A_GRAPH[outside[0]] in promised
         pytest.skip("the docstring says why not")
-    if "stochastic" in name and "replace" in name:
-        # the noise that is drawn later differs
-        pytest.skip("a graph draws vectors at each step, eager only where a code is dead")
     torch._dynamo.reset()  # each quantizer counts its own recompilations
     torch.manual_seed(0)
     eager, z = build(name).train(), sample(name)

@@ -1,6 +1,6 @@
 """Sinkhorn's plan and its codes: marginals, the exact transport, naive iterations in float64.
 
-Also dtypes, extremes, several processes and bad arguments.
+Also OptVQ's released form with its guard, dtypes, extremes, several processes and bad arguments.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from processes import in_processes
 from scipy.optimize import linear_sum_assignment, linprog
 from vqstudy.lattice import entropies
 from vqstudy.search import nearest
-from vqstudy.transport import sinkhorn, sinkhorn_codes
+from vqstudy.transport import OptVQ, sinkhorn, sinkhorn_codes
 
 
 def random_cost(n, k, dtype=torch.float64):
@@ -39,15 +39,33 @@ def naive_log(cost, epsilon, iterations):
     return np.exp(f[:, None] + g - C)
 
 
-def authors(cost, factor, iterations):
-    "The released OptVQ's plan: `factor` for 1 / epsilon, normalised cost, a matrix scaled in turn."
-    C = cost.double()
+def authors(x, codebook, factor=10, iterations=5, guard=0.0):
+    """OptVQ's plan in float64: normalised cost, and a matrix scaled in turn.
+
+    factor: 1 / epsilon. guard: in the released code 1e-8 is added to each sum that divides; the
+    paper's algorithm has none.
+    """
+    C = (x[:, None] - codebook).norm(dim=-1)
     C = (C - C.mean()) / (C.std() + 1e-6)
     Q = torch.exp(-(C - C.min()) * factor)
+    Q = Q / (Q.sum() + guard)
     for _ in range(iterations):
-        Q = Q / Q.sum(0, keepdim=True) / Q.shape[1]
-        Q = Q / Q.sum(1, keepdim=True) / Q.shape[0]
+        Q = Q / (Q.sum(0, keepdim=True) + guard) / Q.shape[1]
+        Q = Q / (Q.sum(1, keepdim=True) + guard) / Q.shape[0]
     return Q
+
+
+def like_theirs(x, codebook, damping=0.0):
+    "Ours, at their standard deviation: of a sample, and 1e-6 more."
+    cost = torch.cdist(x, codebook)
+    factor = float((cost.std() + 1e-6) / cost.std(correction=0))
+    return sinkhorn_codes(x, codebook, 0.1 * factor, 5, damping=damping)
+
+
+def clear(plan):
+    "The rows whose largest entry is not a tie up to rounding."
+    top = plan.topk(2, 1).values
+    return top[:, 0] > top[:, 1] * (1 + 1e-9)
 
 
 SIZES = [(1, 1), (1, 5), (6, 1), (30, 7), (7, 30), (64, 64)]
@@ -106,18 +124,59 @@ def test_a_constant_changes_no_plan_and_a_factor_goes_with_epsilon():
     assert torch.allclose(sinkhorn(cost, 0.1), sinkhorn(3 * cost, 0.3), atol=1e-12)
 
 
-@pytest.mark.parametrize("n,k,d", [(8, 4, 2), (50, 16, 4), (300, 40, 8)])
-def test_codes_are_those_of_the_released_method(n, k, d):
+DRAWS = [(8, 4, 2, 1.0), (50, 16, 4, 1.0), (300, 40, 8, 1.0), (200, 64, 2, 4.0)]  # n, k, d, shift
+
+
+@pytest.mark.parametrize("n,k,d,shift", DRAWS)
+@pytest.mark.parametrize("guard", [0.0, 1e-8, 1e-3])
+def test_codes_are_those_of_the_papers_algorithm_and_of_its_guarded_form(n, k, d, shift, guard):
+    "The paper's divisions have no guard, the released ones 1e-8; 1e-3 shows it in small batches."
     torch.manual_seed(n)
-    x, codebook = torch.randn(n, d, dtype=torch.float64) + 1, torch.randn(k, d, dtype=torch.float64)
-    cost = (x[:, None] - codebook).norm(dim=-1)
-    factor = float(cost.std() / cost.std(correction=0))  # theirs divides by the sample deviation
-    plan = authors(cost, 10, 5)
-    codes = sinkhorn_codes(x, codebook, 0.1 * factor, 5)
-    top = plan.topk(2, 1).values
-    clear = top[:, 0] > top[:, 1] * (1 + 1e-4)  # 1e-6 is added to their deviation
-    assert codes.dtype == torch.int64 and clear.double().mean() > 0.9
-    assert torch.equal(codes[clear], plan.argmax(1)[clear])
+    x, codebook = torch.randn(n, d, dtype=torch.float64), torch.randn(k, d, dtype=torch.float64)
+    plan = authors(x + shift, codebook, guard=guard)
+    codes = like_theirs(x + shift, codebook, damping=guard)
+    assert codes.dtype == torch.int64 and clear(plan).all()
+    assert torch.equal(codes, plan.argmax(1))
+
+
+SHARES = [  # n, k, d, shift, size of the code vectors, share of codes that the guard changes
+    (1024, 1024, 8, 0.0, 1.0, 0.019),
+    (1024, 256, 8, 1.0, 0.3, 0.020),
+    (1024, 512, 2, 1.0, 1.0, 0.001),
+    (2048, 1024, 32, 0.0, 1.0, 0.066),
+]
+
+
+@pytest.mark.parametrize("n,k,d,shift,size,share", SHARES)
+def test_the_released_guard_changes_few_codes(n, k, d, shift, size, share):
+    torch.manual_seed(0)
+    codebook, x = size * torch.randn(k, d).double(), torch.randn(n, d).double() + shift
+    released = authors(x, codebook, guard=1e-8)
+    exact, damped = (like_theirs(x, codebook, damping) for damping in (0.0, 1e-8))
+    assert clear(released).all() and torch.equal(damped, released.argmax(1))
+    changed = (exact != damped).double().mean().item()
+    assert share / 2 < changed < 2 * share, changed
+
+
+def test_the_guard_holds_far_codes_back():
+    "Of 31 codes among the vectors and a far one, which has next to no mass before it is raised."
+    x = torch.linspace(0, 1, 64, dtype=torch.float64)[:, None]
+    codebook = torch.cat([torch.linspace(0, 1, 31), torch.tensor([4.0])]).double()[:, None]
+    exact, guarded = (authors(x, codebook, guard=guard).sum(0) for guard in (0.0, 1e-8))
+    assert (guarded / exact).argmin() == 31 and guarded[31] < 0.95 * exact[31]
+    assert guarded[0] > exact[0]
+    exact, damped = (like_theirs(x, codebook, damping) for damping in (0.0, 1e-8))
+    assert (exact == 31).any() and not (damped == 31).any()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8])
+def test_the_quantizer_trains_on_these_codes_and_evaluates_the_nearest(damping):
+    torch.manual_seed(0)
+    quantizer, x = OptVQ(8, 100, damping=damping), torch.randn(300, 8)
+    codes = quantizer(x).codes
+    assert torch.equal(codes, sinkhorn_codes(x, quantizer.codebook, damping=damping))
+    assert not torch.equal(codes, sinkhorn_codes(x, quantizer.codebook, damping=1e-8 - damping))
+    assert torch.equal(quantizer.eval()(x).codes, nearest(x, quantizer.codebook))
 
 
 def test_codes_are_the_argmax_of_the_plan():
@@ -174,6 +233,8 @@ BAD = [  # make, error, message
     (lambda: sinkhorn(ZEROS, epsilon="a"), TypeError, "epsilon must be a number, got 'a'"),
     (lambda: sinkhorn(ZEROS, iterations=0), ValueError, "iterations must be at least 1, got 0"),
     (lambda: sinkhorn(ZEROS, iterations=2.0), TypeError, "iterations must be an int, got 2.0"),
+    (lambda: sinkhorn_codes(ZEROS, ZEROS, damping=-1.0), ValueError, f"damping {NUMBER} at least 0"),
+    (lambda: OptVQ(2, 4, damping="a"), TypeError, "damping must be a number, got 'a'"),
     (lambda: sinkhorn_codes(torch.zeros(2, 3), ZEROS), ValueError, "x must have vectors of width 2"),
     (lambda: sinkhorn_codes(ZEROS, torch.zeros(0, 2)), ValueError, "codebook must hold at least one"),
     (lambda: sinkhorn_codes(torch.full((2, 2), torch.inf), ZEROS), ValueError, "x must be finite"),
@@ -201,7 +262,8 @@ def results(x, codebook, logits):
     mean = entropies(logits)[1]
     mean.backward()
     plan, codes = sinkhorn(torch.cdist(x, codebook)), sinkhorn_codes(x, codebook)
-    return plan, codes, mean.detach(), logits.grad
+    damped = sinkhorn_codes(x, codebook, damping=0.1)
+    return plan, torch.stack([codes, damped], 1), mean.detach(), logits.grad
 
 
 def parts(rank):

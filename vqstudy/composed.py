@@ -8,15 +8,17 @@ __all__ = ['GroupQuantizer', 'ResidualQuantizer', 'split_scales', 'join_scales',
 # %% ../nbs/lib/02f_composed.ipynb #d5c04489
 import copy
 from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from .base import Quantizer, linear
+from .base import QuantizedRows, Quantizer, linear
 from .checks import flag, whole
 from .codebook import Freezable
 from .estimators import estimate, none
 from .search import check_vectors
-from .vector import NeedsDecoder, VectorQuantizer
+from .vector import NeedsDecoder, Upkeep, VectorQuantizer
 
 # %% ../nbs/lib/02f_composed.ipynb #72e6e959
 _Make = Callable[[int, int], Quantizer]  # (width, num_codes) -> a part
@@ -69,6 +71,7 @@ class _GivenCodebooks(Freezable):
         self.check_codebook(vectors)
         for part, of_part in zip(self.parts, vectors):
             part.set_codebook(of_part)
+        self.equal = False  # on several processes, until the next training pass
 
 # %% ../nbs/lib/02f_composed.ipynb #0d4dcb8b
 class _Composed(_GivenCodebooks, Quantizer):
@@ -81,15 +84,17 @@ class _Composed(_GivenCodebooks, Quantizer):
         width: int,  # of each part
         count: int,  # of parts
         make: _Make | None,
-        channel_dim: int,
-        check_finite: bool | None,
+        channel_dim: int, check_finite: bool | None,
+        process_group: Any,  # None leaves the parts theirs
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group)
         make = VectorQuantizer if make is None else make
         if not callable(make):
             words = "a function (width, num_codes) -> Quantizer"
             raise TypeError(f"make must be {words}, got {make!r}")
         self.parts = nn.ModuleList(_made(make, width, num_codes) for _ in range(count))
+        if process_group is not None:
+            self.process_group = process_group
 
     @property
     def codebook(self) -> Float[Tensor, "*parts k d"]:
@@ -99,7 +104,8 @@ class _Composed(_GivenCodebooks, Quantizer):
         "What the codes stand for, in the dtype of the parts."
         q = super().decode(codes)
         # statistics, such as a temperature, are wide in a narrow model too
-        kept = (t.dtype for name, t in self.state_dict().items() if name.endswith("weight"))
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        kept = (tensor.dtype for name, tensor in tensors if name.endswith("weight"))
         return q.to(next(kept, q.dtype))
 
     def remind(self) -> None:
@@ -133,11 +139,13 @@ class GroupQuantizer(_Composed):
         shared: bool = False,      # one quantizer for all groups
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        process_group: Any = None,  # who trains together; None: as the parts say
     ):
         if whole("dim", dim) % whole("groups", groups):
             raise ValueError(f"groups must divide dim={dim}, got {groups}")
         count, width = 1 if flag("shared", shared) else groups, dim // groups
-        super().__init__(dim, num_codes, width, count, make, channel_dim, check_finite)
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, width, count, make, *options)
         _refuse_asking(self.parts)
         self.groups, self.code_shape = groups, (groups, *self.parts[0].code_shape)
 
@@ -230,6 +238,19 @@ class _OneRule(NeedsDecoder, _Levels):
             rest = rest - level.lookup(codes[-1]).to(x.dtype)
         return torch.stack(codes, 1)
 
+# %% ../nbs/lib/02f_composed.ipynb #769a8213
+def _level_pass(
+    level: Quantizer, x: Float[Tensor, "n d"], batch: int, later: bool
+) -> QuantizedRows:
+    "A pass of a level; a later one of a shared level goes on with the step of the pass before."
+    if not later or not isinstance(level, Upkeep):
+        return level.quantize(x, batch)
+    before, level.same_step = level.same_step, True
+    try:
+        return level.quantize(x, batch)
+    finally:
+        level.same_step = before
+
 # %% ../nbs/lib/02f_composed.ipynb #0e2c732c
 class ResidualQuantizer(_OneRule):
     """Each level quantizes what is left (Zeghidour et al. 2021, Alg. 1; RQ-VAE, Lee et al. 2022).
@@ -245,11 +266,12 @@ class ResidualQuantizer(_OneRule):
         make: _Make | None = None,  # (dim, num_codes) -> Quantizer; None: VectorQuantizer
         shared: bool = False,      # one quantizer for all levels
         dropout: bool = False,     # decode each image from 1..levels levels in training
-        channel_dim: int = -1, check_finite: bool | None = None,
+        channel_dim: int = -1, check_finite: bool | None = None, process_group: Any = None,
     ):
         whole("levels", levels)
         count = 1 if flag("shared", shared) else levels
-        super().__init__(dim, num_codes, dim, count, make, channel_dim, check_finite)
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, dim, count, make, *options)
         self.levels, self.dropout = levels, flag("dropout", dropout)
         self.code_shape = (levels, *self.parts[0].code_shape)
         self._take_rule()
@@ -258,7 +280,7 @@ class ResidualQuantizer(_OneRule):
         rest, q, codes, losses = x, [], [], []
         visible = self._visible(x, batch)
         for i, level in enumerate(self._chain()):
-            step = level.quantize(self._prepared(i, rest), batch)
+            step = _level_pass(level, self._prepared(i, rest), batch, i >= len(self.parts))
             rest = rest - (step[0] if self.rule is None else step[0].detach())
             q.append(step[0] if visible is None else step[0].where(visible > i, 0))
             codes.append(step[1])
@@ -350,9 +372,10 @@ class MultiScaleQuantizer(_Cells):
     def __init__(
         self, dim: int, num_codes: int,
         make: _Make | None = None,  # (dim, num_codes) -> Quantizer; None: VectorQuantizer
-        channel_dim: int = -1, check_finite: bool | None = None,
+        channel_dim: int = -1, check_finite: bool | None = None, process_group: Any = None,
     ):
-        super().__init__(dim, num_codes, dim, 2, make, channel_dim, check_finite)
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, dim, 2, make, *options)
         _refuse_asking(self.parts)
         self.code_shape = (5, *self.parts[0].code_shape)
         self.down = _start_as(nn.Linear(4 * dim, dim), [0.25] * 4, 1)

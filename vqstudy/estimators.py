@@ -174,16 +174,17 @@ def _rotation(z: Vectors, q: Vectors, g: Vectors, scale: str, project: bool) -> 
     return torch.where(directed, _gamma(scale, z, q) * turned, g), _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #4168e282
-def reflection(scale: str = "norm") -> Rule:
+def reflection(scale: str = "norm", project: bool = False) -> Rule:
     """Rule: gamma (I - 2rr^T) g to z, the mirror of z's direction to q's (Fifty et al. 2024, A.8).
 
-    scale: as in `rotation`. q pointing as z does, z = 0 or q = 0: the identity in place of the
-    mirror (the factor stays where both have a direction).
+    scale: as in `rotation`. project: without the part along z, as the released VQGAN code does.
+    q pointing as z does, z = 0 or q = 0: the identity in place of the mirror (the factor and the
+    projection stay where both have a direction). Raises ValueError for another scale.
     """
-    return partial(_reflection, scale=one_of("scale", scale, GAMMAS))
+    return partial(_reflection, scale=one_of("scale", scale, GAMMAS), project=project)
 
 
-def _reflection(z: Vectors, q: Vectors, g: Vectors, scale: str) -> Gradients:
+def _reflection(z: Vectors, q: Vectors, g: Vectors, scale: str, project: bool) -> Gradients:
     e, u, directed = _directions(z, q)
     r = e - u
     length = r.norm(dim=1, keepdim=True)
@@ -191,6 +192,8 @@ def _reflection(z: Vectors, q: Vectors, g: Vectors, scale: str) -> Gradients:
     # where e and u differ by rounding alone there is no mirror, and the rule takes the identity
     r = torch.where(_above_rounding(length), r, torch.zeros_like(r))
     mirrored = g - 2 * r * _dot(r, g)
+    if project:
+        mirrored = mirrored - e * _dot(e, mirrored)
     return torch.where(directed, _gamma(scale, z, q) * mirrored, g), _nothing(g)
 
 # %% ../nbs/lib/01_estimators.ipynb #71631de4

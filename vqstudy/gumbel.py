@@ -7,6 +7,7 @@ __all__ = ['COOLED', 'reinmax', 'GumbelQuantizer']
 
 # %% ../nbs/lib/02c_gumbel.ipynb #fd369590
 import math
+from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from .base import Annealed, gumbel_noise, linear
 from .checks import flag, number, one_of
 from .logits import TableQuantizer, negentropy, route, sharp
-from .ranks import from_first
 
 # %% ../nbs/lib/02c_gumbel.ipynb #43125414
 def reinmax(
@@ -42,14 +42,14 @@ class GumbelQuantizer(Annealed, TableQuantizer):
     def __init__(
         self,
         dim: int, num_codes: int,
-        kl: float = 5e-3,                        # weight of the divergence to the uniform
+        kl: float = 5e-3,                        # of the divergence to the uniform; taming's: 5e-4
         hard: bool = True,                       # decode the code, not the soft sample
         estimator: str = "gumbel",               # or "reinmax", which is always hard
         temperature: float = 1.0,                # at the start
         final_temperature: float | None = None,  # None: COOLED of it; with "reinmax" the same
-        channel_dim: int = -1, check_finite: bool | None = None,
+        channel_dim: int = -1, check_finite: bool | None = None, process_group: Any = None,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group=process_group)
         self.kl, self.hard = number("kl", kl, least=0), flag("hard", hard)
         self.estimator = one_of("estimator", estimator, ("gumbel", "reinmax"))
         if estimator == "reinmax" and not hard:
@@ -59,8 +59,6 @@ class GumbelQuantizer(Annealed, TableQuantizer):
             final_temperature = number("temperature", temperature, above=0) * left
         self.set_temperatures(temperature, final_temperature)
         self.head = nn.Linear(dim, num_codes)
-        for parameter in self.head.parameters():
-            from_first(parameter.data)
 
     def assign(self, x):
         return route(x, self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))

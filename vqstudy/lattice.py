@@ -8,15 +8,16 @@ __all__ = ['Projected', 'Grid', 'Lattice', 'levels_for', 'FSQ', 'entropies', 'Si
 # %% ../nbs/lib/02d_lattice.ipynb #371f1523
 import math
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
+from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantizer, linear
-from .checks import number, typed, whole
-from .estimators import Rule, estimate, straight_through
-from .ranks import from_first, joint_mean
+from .checks import flag, number, typed, whole
+from .estimators import Gradients, Rule, Vectors, estimate, straight_through
+from .ranks import ALONE, Processes, joint_mean
 
 # %% ../nbs/lib/02d_lattice.ipynb #cf6ddc3f
 def _linear_in_order(x: Float[Tensor, "n a"], layer: nn.Linear) -> Float[Tensor, "n b"]:
@@ -43,15 +44,14 @@ class Projected(Quantizer):
         rule: Rule,  # the gradient of the rounding
         channel_dim: int,
         check_finite: bool | None,
+        process_group: Any,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group)
         if not callable(rule):
             raise TypeError(f"rule must be a function (z, q, g) -> (grad_z, grad_q), got {rule!r}")
         self.rule = rule
         self.project_in = None if width == dim else nn.Linear(dim, width)
         self.project_out = None if width == dim else nn.Linear(width, dim)
-        for parameter in self.parameters():
-            from_first(parameter.data)
 
     def prepare(self, x):
         return self.bound(x if self.project_in is None else linear(x, self.project_in))
@@ -81,9 +81,11 @@ class Grid(Projected):
         rule: Rule = straight_through,
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        process_group: Any = None,
     ):
         whole("num_codes", num_codes, most=2**62)
-        super().__init__(dim, num_codes, len(levels), rule, channel_dim, check_finite)
+        options = channel_dim, check_finite, process_group
+        super().__init__(dim, num_codes, len(levels), rule, *options)
         self.levels = tuple(levels)
         self.register_buffer("sizes", torch.tensor(self.levels))
         self.register_buffer("basis", torch.zeros_like(self.sizes), persistent=False)
@@ -233,9 +235,10 @@ class FSQ(Lattice):
         rule: Rule = straight_through,        # the gradient of the rounding
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        process_group: Any = None,
     ):
         levels = _checked_levels(levels, num_codes)
-        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
+        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite, process_group)
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         "f(x), within -1..1."
@@ -273,22 +276,25 @@ def _mean_of_products(logits: Float[Tensor, "n m"]) -> Float[Tensor, "c"]:
 
 
 def entropies(
-    logits: Float[Tensor, "n w"], group: int = 18, joint: bool = True
+    logits: Float[Tensor, "n w"],
+    group: int = 18,
+    among: Processes | None = ALONE,  # whose batches the mean is over; None: all processes'
+    eps: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean entropy, and entropy of the mean, of n distributions over 2^w sign patterns, in nats.
 
     logits: log-odds of the signs.
     group: the entropy of the mean is exact for w <= group; wider ones are cut into groups, whose
     entropies are added, an upper bound.
-    joint: the mean is over the batch of all processes, which must all call this.
+    eps: added inside the logarithm of the mean; public code has 1e-5.
     """
     # of one sign: log(1 + e^-|l|) + |l| / (1 + e^|l|), which overflows nowhere
     size = logits.abs()
     each = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
     means = [_mean_of_products(part) for part in logits.split(group, 1)]
-    if joint:
-        means = [joint_mean(mean, logits.shape[0]) for mean in means]
-    return each, -sum((p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum() for p in means)
+    means = [joint_mean(mean, logits.shape[0], among) for mean in means]
+    logs = [(p.clamp_min(torch.finfo(p.dtype).tiny) + eps).log() for p in means]
+    return each, -sum((p * log).sum() for p, log in zip(means, logs))
 
 # %% ../nbs/lib/02d_lattice.ipynb #28ec0d55
 def _signs(kind: str, num_codes: int) -> int:
@@ -320,6 +326,7 @@ class LFQ(Signs):
 
     num_codes is a power of two. Where dim is not log2 num_codes, linear layers lead in and out.
     The entropies hold a few times 2n 2^(group/2) + 2^group numbers. Raises ValueError or TypeError.
+    Open-MAGVIT2's loss is that of eps=1e-5.
     """
 
     def __init__(
@@ -334,34 +341,44 @@ class LFQ(Signs):
         rule: Rule = straight_through,  # the gradient of the sign
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        eps: float = 0.0,               # inside the logarithm of the mean
+        process_group: Any = None,
     ):
         levels = [2] * _signs(type(self).__name__, num_codes)
-        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite)
+        super().__init__(dim, num_codes, levels, rule, channel_dim, check_finite, process_group)
         self.entropy = number("entropy", entropy, least=0)
         self.temperature = number("temperature", temperature, above=0)
         self.diversity = number("diversity", diversity, least=0)
         self.commitment = number("commitment", commitment, least=0)
         self.group = whole("group", group, most=24)
+        self.eps = number("eps", eps, least=0)
 
     def penalty(self, x, q):
         loss = self.commitment * F.mse_loss(x, q)
         if self.entropy == 0:
             return loss
         logits = 4 * self.unit / self.temperature * x
-        each, mean = entropies(logits, self.group, joint=self.training)
+        each, mean = entropies(logits, self.group, self.asked, self.eps)
         return loss + self.entropy * (each - self.diversity * mean)
 
     def extra_repr(self) -> str:
-        names = "entropy", "temperature", "diversity", "commitment", "group"
+        names = "entropy", "temperature", "diversity", "commitment", "group", "eps"
         own = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{super().extra_repr()}, {own}"
 
 # %% ../nbs/lib/02d_lattice.ipynb #6970fd58
+def _scaled(z: Vectors, q: Vectors, g: Vectors, rule: Rule, factor: float) -> Gradients:
+    "The gradients of a rule times a factor."
+    grad_z, grad_q = rule(z, q, g)
+    return factor * grad_z, factor * grad_q
+
+
 class BSQ(LFQ):
     """Binary spherical quantization: LFQ of the direction of x (Zhao et al. 2024).
 
-    The code vectors lie on the unit sphere. Keywords as in LFQ, with the values of the released
-    code: temperature 1 (tau = 2 / temperature), no commitment, groups of one sign (Eq. 8).
+    The code vectors lie on the unit sphere. Keywords as in LFQ; temperature 1 (tau = 2 /
+    temperature), no commitment and groups of one sign (Eq. 8) by default, as released. The
+    released gradient is 1/sqrt(log2 num_codes) of ours: `scale_gradient=True`.
     """
 
     def __init__(
@@ -376,12 +393,22 @@ class BSQ(LFQ):
         rule: Rule = straight_through,
         channel_dim: int = -1,
         check_finite: bool | None = None,
+        eps: float = 0.0,
+        scale_gradient: bool = False,  # by 1/sqrt(width), as the code vectors are
+        process_group: Any = None,
     ):
         loss = entropy, temperature, diversity, commitment, group
-        super().__init__(dim, num_codes, *loss, rule, channel_dim, check_finite)
+        options = channel_dim, check_finite, eps, process_group
+        super().__init__(dim, num_codes, *loss, rule, *options)
         self.unit = len(self.levels) ** -0.5
+        self.scale_gradient = flag("scale_gradient", scale_gradient)
+        if scale_gradient:
+            self.rule = partial(_scaled, rule=rule, factor=self.unit)
 
     def bound(self, x: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         "The direction of x; zero stays zero."
         length = x.norm(dim=1, keepdim=True)
         return x / torch.where(length > 0, length, 1.0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale_gradient={self.scale_gradient}"

@@ -193,6 +193,14 @@ def _outermost(model: nn.Module) -> dict[str, Quantizer]:
     return found
 
 
+def _own_copy(model: nn.Module) -> nn.Module:
+    "A copy whose quantizers ask no other process: measuring on one alone must not wait for others."
+    model = copy.deepcopy(model)
+    for quantizer in _outermost(model).values():
+        quantizer.process_group = "local"
+    return model
+
+
 @contextmanager
 def _same_random(device: torch.device) -> Iterator[None]:
     "Random numbers drawn inside are as if never drawn."
@@ -241,7 +249,7 @@ def _gradients(
 ) -> dict[str, Tensor | None]:
     "Gradients of the loss to the encoder's parameters, on a copy of the model."
     originals = _outermost(model)
-    model = copy.deepcopy(model)
+    model = _own_copy(model)
     inputs: list[Tensor] = []
     for name, quantizer in _outermost(model).items():
         loss_at = getattr(originals[name], "loss_at", None)
@@ -391,7 +399,7 @@ class Stopwatch:
 
 def _probe_copy(model: nn.Module, x: Tensor, y: Tensor | None) -> nn.Module:
     "A copy of the model whose quantizers ask the decoder about the probe."
-    model = copy.deepcopy(model)
+    model = _own_copy(model)
     for quantizer in _outermost(model).values():
         if isinstance(getattr(quantizer, "rule", None), str):
             quantizer.attach(lambda v: model.decoder_loss(v, x, y))

@@ -45,7 +45,8 @@ def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
 _OPTIONS = {
     # the codebook and its upkeep
     "l2": _Option("z and the code vectors are normalised", lambda dim: {"l2": True}),
-    "ema": _Option("the codebook follows moving averages", _as_given, {"decay": 0.99, "smoothing": 1e-5}),
+    "ema": _Option("the codebook follows moving averages", _as_given,
+                   {"decay": 0.99, "smoothing": 1e-5, "ema_start": "table"}),
     "replace": _Option("unused codes become vectors of the batch", _as_given, {"life_span": 20}),
     "refit": _Option("k-means again every few hundred steps", _as_given, {"refit": 500}),
     "affine": _Option("one learned affine map of all codes", _affine,
@@ -56,7 +57,7 @@ _OPTIONS = {
     "rotation": _Option("the gradient is rotated and scaled",
                         lambda dim, **k: {"rule": rotation(**k)}, {"scale": "norm", "project": False}),
     "reflection": _Option("the gradient is reflected and scaled",
-                          lambda dim, **k: {"rule": reflection(**k)}, {"scale": "norm"}),
+                          lambda dim, **k: {"rule": reflection(**k)}, {"scale": "norm", "project": False}),
     "sync": _Option("the chosen codes get a share of the task's gradient",
                     lambda dim, **k: {"rule": synchronized(**k)}, {"nu": 0.2}),
     "exact": _Option("the task's gradient at z, by a second decoder pass", lambda dim: {"rule": "exact"}),
@@ -118,13 +119,13 @@ class _Base:
     options: tuple[str, ...] = ()
 
 
-_COMMON = ("channel_dim", "check_finite")  # keywords of every quantizer
+_COMMON = ("channel_dim", "check_finite", "process_group")  # keywords of every quantizer
 _RULES = ("rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt")
 _BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
 _PARTS = ("group", "residual", "multiscale")
 _TEMPERATURES = ("temperature", "final_temperature")
-_SIGNS = ("entropy", "temperature", "diversity", "commitment", "group")
-_ROUTER = ("bias", "init_scale", "entropy", "entropy_temperature")
+_SIGNS = ("entropy", "temperature", "diversity", "commitment", "group", "eps")
+_ENTROPY = ("entropy", "entropy_temperature", "entropy_eps")
 _BASES = {
     "none": _Base("no quantizer: z passes unchanged", NoQuantizer),
     "vq": _Base("nearest code, straight-through, commitment loss (VQ-VAE)", VectorQuantizer,
@@ -134,16 +135,17 @@ _BASES = {
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
                    ("metric", "alpha", "beta"), ("l2", "alt") + _RULES + _PARTS),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
-                   ("init", "alpha", "beta", "epsilon", "iterations"), _BOOK + _RULES + _PARTS),
+                   ("init", "alpha", "beta", "epsilon", "iterations", "damping"), _BOOK + _RULES + _PARTS),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
                     ("kl", "hard", *_TEMPERATURES), ("reinmax", *_PARTS)),
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer,
                 ("variant", "weight", *_TEMPERATURES)),
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
-                    _ROUTER, ("tied", "switch", *_PARTS)),
+                    ("bias", "init_scale", "double_loss", *_ENTROPY), ("tied", "switch", *_PARTS)),
     "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation",)),
     "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation",)),
-    "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, _SIGNS, ("rotation",)),
+    "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, (*_SIGNS, "scale_gradient"),
+                 ("rotation",)),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #04d2a425

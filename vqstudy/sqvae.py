@@ -7,6 +7,7 @@ __all__ = ['gaussian_features', 'GaussianQuantizer', 'SQQuantizer']
 
 # %% ../nbs/lib/02g_sqvae.ipynb #9b616616
 import math
+from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ class GaussianQuantizer(TableQuantizer):
     """
 
     def __init__(
-        self, dim: int, num_codes: int, variant: int, channel_dim: int, check_finite: bool | None
+        self, dim: int, num_codes: int, variant: int,
+        channel_dim: int, check_finite: bool | None, process_group: Any = None,
     ):
-        super().__init__(dim, num_codes, channel_dim, check_finite)
+        super().__init__(dim, num_codes, channel_dim, check_finite, process_group=process_group)
         self.variant = one_of("variant", variant, (1, 2, 3, 4))
         self.head = None if variant == 1 else nn.Linear(dim, dim if variant == 4 else 1)
         if self.head is not None:
@@ -63,7 +65,8 @@ class SQQuantizer(Annealed, GaussianQuantizer):
     """SQ-VAE's Gaussian quantizer (Takida et al. 2022).
 
     Training decodes a soft sample; z_q is a code vector in evaluation alone. The first dimension of
-    z counts images. Holds a few n x k matrices in training. Raises ValueError or TypeError.
+    z counts images. The authors' variant 1 is variant 3 here with its head frozen at 0.
+    Holds a few n x k matrices in training. Raises ValueError or TypeError.
     """
 
     def __init__(
@@ -73,9 +76,9 @@ class SQQuantizer(Annealed, GaussianQuantizer):
         weight: float = 1.0,                # of the whole objective, the task's term included
         temperature: float = 1.0,           # of the soft sample, at the start
         final_temperature: float = COOLED,  # and at the end of the training
-        channel_dim: int = -1, check_finite: bool | None = None,
+        channel_dim: int = -1, check_finite: bool | None = None, process_group: Any = None,
     ):
-        super().__init__(dim, num_codes, variant, channel_dim, check_finite)
+        super().__init__(dim, num_codes, variant, channel_dim, check_finite, process_group)
         self.set_temperatures(temperature, final_temperature)
         self.weight = number("weight", weight, least=0)
 
@@ -95,7 +98,7 @@ class SQQuantizer(Annealed, GaussianQuantizer):
 
     def objective(self, mse: Float[Tensor, ""], size: int) -> Float[Tensor, ""]:
         "weight size/2 log(mse size): the decoder's variance at its best (Takida et al. 2022)."
-        mse = joint_mean(mse, 1) if self.training else mse
+        mse = joint_mean(mse, 1, self.asked)
         return self.weight * size / 2 * (mse * size).log()
 
     def extra_repr(self) -> str:

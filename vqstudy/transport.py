@@ -11,24 +11,36 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from .checks import number, whole
-from .ranks import finite_count, finite_rows, joined, only_finite, ranks, total
+from .ranks import ALONE, Processes, finite_count, finite_rows, joined, only_finite
+from .ranks import ranks, total
 from .vector import VectorQuantizer
 from .search import check_vectors
 
 # %% ../nbs/lib/02e_transport.ipynb #6d6a9d4e
-def _column_sums(x: Float[Tensor, "n k"]) -> Float[Tensor, "k"]:
+def _column_sums(x: Float[Tensor, "n k"], among: Processes | None) -> Float[Tensor, "k"]:
     "log sum exp of the columns, over the batch of all processes."
     sums = x.logsumexp(0)
-    return sums if ranks() == 1 else joined(sums[None]).logsumexp(0)
+    return sums if ranks(among) == 1 else joined(sums[None], among).logsumexp(0)
+
+
+def _damped(
+    sums: Float[Tensor, "..."], potential: Float[Tensor, "..."], damping: float
+) -> Float[Tensor, "..."]:
+    "log(e^sums + damping e^-potential): the plan's own sums, which have the factor e^potential."
+    if damping == 0:
+        return sums
+    return torch.logaddexp(sums, math.log(damping) - potential)
 
 
 def _potentials(
     scores: Float[Tensor, "n k"],
     iterations: int,
     finite: Bool[Tensor, "n"] | None = None,  # which rows are given away; None: all
+    damping: float = 0.0,                     # added to each sum, see `sinkhorn_codes`
+    among: Processes | None = ALONE,          # whose batches the rows are
 ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "k"]]:
     "f and g with exp(f + g + scores) near uniform columns and with exact rows."
-    count = finite_count(scores, finite).clamp_min(1)
+    count = finite_count(scores, finite, among).clamp_min(1)
     log_n = count.to(scores.dtype).log()
     log_k = math.log(scores.shape[1])
     f, g = scores.new_zeros(len(scores), 1), scores.new_zeros(scores.shape[1])
@@ -36,10 +48,12 @@ def _potentials(
     out = None if finite is None else torch.where(finite, 0.0, -torch.inf)[:, None]
     if out is not None:
         f = f + out
+    if damping:  # which is relative to a plan that sums to 1
+        f = f - _column_sums(scores + f, among).logsumexp(0)
     # the rows last: each vector is given away in full, however few the iterations
     for _ in range(iterations):
-        g = -log_k - _column_sums(scores + f)
-        f = -log_n - (scores + g).logsumexp(1, keepdim=True)
+        g = -log_k - _damped(_column_sums(scores + f, among), g, damping)
+        f = -log_n - _damped((scores + g).logsumexp(1, keepdim=True), f, damping)
         if out is not None:
             f = f + out
     return f, g
@@ -67,12 +81,12 @@ def sinkhorn(
 
 # %% ../nbs/lib/02e_transport.ipynb #58840a0c
 def _standard_deviation(
-    cost: Float[Tensor, "n k"], finite: Bool[Tensor, "n"] | None
+    cost: Float[Tensor, "n k"], finite: Bool[Tensor, "n"] | None, among: Processes | None
 ) -> Float[Tensor, ""]:
     "Of all entries of finite rows, over the batch of all processes; 1 where they are all the same."
-    count = (finite_count(cost, finite) * cost.shape[1]).clamp_min(1).to(cost.dtype)
-    mean = total(only_finite(cost, finite).sum()) / count
-    variance = total(only_finite(cost - mean, finite).pow(2).sum()) / count
+    count = (finite_count(cost, finite, among) * cost.shape[1]).clamp_min(1).to(cost.dtype)
+    mean = total(only_finite(cost, finite).sum(), among) / count
+    variance = total(only_finite(cost - mean, finite).pow(2).sum(), among) / count
     return torch.where(variance > 0, variance, 1.0).sqrt()
 
 
@@ -83,14 +97,18 @@ def sinkhorn_codes(
     epsilon: float = 0.1,
     iterations: int = 5,
     check_finite: bool | None = None,  # as `check_vectors` takes it, of x
+    damping: float = 0.0,              # added to each sum of the plan; the authors' code has 1e-8
+    among: Processes | None = ALONE,   # whose batches are sent together; None: all processes'
 ) -> Int64[Tensor, "n"]:
     """The code to which the transport plan sends most of each vector (Zhang et al. 2024, OptVQ).
 
     The cost is the Euclidean distance over its standard deviation. A code depends on the whole
     batch, of all processes. Holds a few n x k matrices. Raises ValueError or TypeError for
-    vectors of another width, empty or non-finite input, epsilon <= 0 or iterations < 1.
+    vectors of another width, empty or non-finite input, epsilon <= 0, damping < 0 or
+    iterations < 1.
     """
     number("epsilon", epsilon, above=0)
+    number("damping", damping, least=0)
     whole("iterations", iterations)
     check_vectors("codebook", codebook)
     check_vectors("x", x, codebook.shape[-1], check_finite)
@@ -98,15 +116,17 @@ def sinkhorn_codes(
     with torch.autocast(x.device.type, enabled=False):
         finite = finite_rows(x)
         cost = torch.cdist(only_finite(x, finite).to(dtype), codebook.to(dtype))
-        scores = cost / (-epsilon * _standard_deviation(cost, finite))
+        scores = cost / (-epsilon * _standard_deviation(cost, finite, among))
         # a row's potential f is the same for all its codes and decides nothing
-        return (scores + _potentials(scores, iterations, finite)[1]).argmax(1)
+        g = _potentials(scores, iterations, finite, damping, among)[1]
+        return (scores + g).argmax(1)
 
 # %% ../nbs/lib/02e_transport.ipynb #2ac3a30b
 class OptVQ(VectorQuantizer):
     """VectorQuantizer whose training codes come from a transport plan (Zhang et al. 2024, OptVQ).
 
-    Evaluation takes the nearest code. Holds the batch's n x k plan in training.
+    Evaluation takes the nearest code, the authors' code the plan again.
+    Holds the batch's n x k plan in training.
     Further options are VectorQuantizer's; `metric` stays "euclidean".
     Raises ValueError or TypeError.
     """
@@ -117,6 +137,7 @@ class OptVQ(VectorQuantizer):
         num_codes: int,
         epsilon: float = 0.1,  # smoothing of the plan, in standard deviations of the cost
         iterations: int = 5,   # of Sinkhorn's algorithm
+        damping: float = 0.0,  # of far codes, see `sinkhorn_codes`; the authors' code has 1e-8
         **options,
     ):
         if options.get("metric", "euclidean") != "euclidean":
@@ -124,8 +145,10 @@ class OptVQ(VectorQuantizer):
         super().__init__(dim, num_codes, **options)
         self.epsilon = number("epsilon", epsilon, above=0)
         self.iterations = whole("iterations", iterations)
+        self.damping = number("damping", damping, least=0)
 
     def choose(self, x, codebook):
+        how = self.epsilon, self.iterations, False, self.damping, self.processes
         with torch.no_grad():
-            # x has been looked at, or is not to be
-            return sinkhorn_codes(x, codebook, self.epsilon, self.iterations, check_finite=False)
+            # False: x has been looked at, or is not to be
+            return sinkhorn_codes(x, codebook, *how)
