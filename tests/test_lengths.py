@@ -277,7 +277,7 @@ def forget(monkeypatch, part, keep=lambda name: False):
 FORGOTTEN = {
     "model": "vq",
     "optimizers": "vq",
-    "random": "vq + replace",
+    "random": "vq + nsvq",
     "pending": "vq + affine + opt",
     "sums": "vq",
     "steps": "vq",

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from .augment import augmented
 from .base import Quantizer
+from .codebook import Freezable
 from .refusals import Losses, check_losses
 from .settings import Settings, alternating, asking, optimizers, rate_factor
 
@@ -154,6 +155,7 @@ class Observer:
 
     def __init__(self, model: nn.Module, monitor: Callable | None, device: torch.device):
         self.model = model
+        self.quantizers = [m for m in model.modules() if isinstance(m, Freezable)]
         self.monitor = monitor  # (model, step) -> a row and its seconds by instrument, or None
         self.waits = device.type == "cuda"
         self.length = 0  # of a run with lengths: that of the present branch
@@ -174,6 +176,8 @@ class Observer:
         if self.monitor is None:
             return
         self.wait()  # or the look would wait for the training and pay for it
+        for q in self.quantizers:
+            q.settle()  # or what it sees would depend on when a state was last saved
         start = time.perf_counter()
         answer = self.monitor(self.model, step)
         if answer:
