@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from vqstudy import data
-from vqstudy.cells import plan, sweep
+from vqstudy.cells import parameters, plan, sweep
+from vqstudy.checkpoint import describe_module
+from vqstudy.configure import in_steps, quantizer_for, settings_for
+from vqstudy.quantizers import recipes
 from vqstudy.records import collect, results_folder
 from vqstudy.train import NonFiniteLoss, Settings, optimizers
 from vqstudy.tuning import choice
@@ -44,7 +47,7 @@ def executed(until, **given):
 
 def prepared(**given):
     "The names that the notebook has just before it trains."
-    return executed("settings", **given)
+    return executed("parameter_count", **given)
 
 
 @cache
@@ -197,6 +200,109 @@ def test_parameter_count_has_the_codebook_whoever_moves_it():
     assert (vq - none, ema - none, affine - vq) == (64 * 32, 64 * 32, 2 * 32)
 
 
+# ---- parameters ----
+
+
+def declared():
+    "The parameters' defaults."
+    return {name: p.default for name, p in parameters("reconstruct").items()}
+
+
+# what the notebook had before the others came, whose defaults must mean what was done then
+FORMER = {"init", "alpha", "beta", "ema_decay"}
+
+
+@pytest.mark.parametrize("spec", recipes())
+def test_a_parameter_that_came_later_changes_nothing_by_its_default(spec):
+    given = declared() | {"method": spec}
+    few = {name: given[name] for name in {"method", "num_codes"} | FORMER}
+    torch.manual_seed(0)
+    then = quantizer_for(few, 8)
+    torch.manual_seed(0)
+    now = quantizer_for(in_steps(given, 4096), 8)
+    assert describe_module("q", now) == describe_module("q", then)
+    assert all(torch.equal(v, now.state_dict()[k]) for k, v in then.state_dict().items())
+    settings = {name: given[name] for name in ("lr", "epochs", "batch_size", "channels_last")}
+    assert settings_for(given) == settings_for(settings)
+
+
+# a parameter's other value, a method that has it, and where it arrives
+ARRIVES = {
+    "metric": ("vq", "cosine", lambda q: q.metric),
+    "nu": ("vq + sync", 0.7, lambda q: q.rule.keywords["nu"]),
+    "affine_lr": ("vq + affine", 2.0, lambda q: q.book.map.lr),
+    "affine_groups": ("vq + affine", 4, lambda q: q.book.map.groups),
+    "affine_max_norm": ("vq + affine", 0.5, lambda q: q.book.map.max_norm),
+    "affine_momentum": ("vq + moving-affine", 0.3, lambda q: q.book.map.momentum),
+    "affine_of": ("vq + moving-affine", "chosen", lambda q: q.book.map.of),
+    "ema_decay": ("vq + ema", 0.5, lambda q: q.average.decay),
+    "life_span": ("vq + replace", 7, lambda q: q.alive.life_span),
+    "refit": ("vq + refit", 9, lambda q: q.refit),
+    "init": ("vq", "kmeans", lambda q: q.book.init),
+    "temperature": ("gumbel", 0.7, lambda q: q.limits[0]),
+    "final_temperature": ("sq", 0.3, lambda q: q.limits[1]),
+}
+
+
+@pytest.mark.parametrize("name", ARRIVES)
+def test_a_parameter_arrives_at_the_quantizer(name):
+    spec, value, found = ARRIVES[name]
+    made = quantizer_for(declared() | {"method": spec, "num_codes": 32, name: value}, 8)
+    assert found(made) == value
+    assert found(quantizer_for(declared() | {"method": spec}, 8)) != value
+
+
+def test_life_spans_in_draws():
+    "20 draws of each of 65,536 codes are 320 steps of 4,096 vectors; a mean age of 10 is 160."
+    given = declared() | {"num_codes": 65_536, "life_draws": 20.0, "ema_draws": 10.0}
+    made = in_steps(given, 4096)
+    assert made["life_span"] == 320
+    ages = torch.arange(20_000, dtype=torch.float64)
+    weights = (1 - made["ema_decay"]) * made["ema_decay"] ** ages
+    assert float((weights * ages).sum()) == pytest.approx(160, rel=1e-6)
+    assert in_steps(given | {"life_draws": 1e-9}, 4096)["life_span"] == 1
+    with pytest.raises(ValueError, match="life_draws must be a finite number at least 0, got -1"):
+        in_steps(given | {"life_draws": -1.0}, 4096)
+
+
+def test_the_notebook_counts_draws_by_its_own_vectors():
+    "32 images of 8 x 8 vectors a step: 96 draws of each of 64 codes are 3 steps."
+    given = {"method": "vq + ema + replace", "life_draws": 96.0, "ema_draws": 96.0}
+    quantizer = prepared(train_limit=32, **given)["quantizer"]
+    assert (quantizer.alive.life_span, quantizer.average.decay) == (3, 0.75)
+
+
+def test_narrow_codes_and_batch_norm():
+    names = prepared(train_limit=32, method="none", code_dim=4, batch_norm=True)
+    model = names["model"]
+    assert names["quantizer"].dim == 4 and model(torch.rand(2, 3, 32, 32)).z.shape[1] == 4
+    assert type(model.encoder[-1]).__name__ == "BatchNorm2d"
+
+
+@pytest.mark.parametrize("notebook", ["reconstruct", "monitor"])
+def test_no_parameter_is_called_as_a_column_of_the_tables(notebook):
+    "A table has the cell, its place and what it gave beside its parameters."
+    own = {"cell", "sweep", "scale", "status", "fingerprint", "commit", "updates", "length", "step"}
+    own |= {"epoch", "usage", "perplexity", "mse", "seconds", "steps", "codebook_travel"}
+    assert not own & parameters(notebook).keys()
+
+
+def test_lengths_are_rows_each_as_it_is_alone():
+    given = {"method": "vq + replace", "train_limit": 96, "test_limit": 8, "draws": 100}
+    given |= {"warmup_updates": 2, "perceptual_limit": 4, "watch_limit": 4}
+    both = executed("rows", lengths=[5, 10], **given)
+    assert [row["updates"] for row in both["rows"]] == [5, 10]
+    alone = executed("rows", lengths=[10], **given)
+    assert both["rows"][1] == alone["rows"][0]
+    wanted = {"mse", "psnr", "loss", "rarefied_usage", "bits_per_image", "parameter_count"}
+    wanted |= {"images_seen", "codebook_travel", "map_travel", "keys_travel", "updates"}
+    first = both["rows"][0]
+    assert wanted <= first.keys() and first["images_seen"] == 5 * 32
+    # the sum of the rates at 3e-3: 1/3 + 2/3, two more, and the last fifth's one
+    assert first["codebook_travel"] == pytest.approx(3e-3 * 4)
+    assert first["map_travel"] is None
+
+
 # ---- sets that the code has never seen ----
 
 
@@ -322,4 +428,4 @@ def test_a_diverged_run_keeps_its_row(tmp_path, monkeypatch):
 def test_a_run_that_the_last_update_spoils_has_diverged(tmp_path):
     spoiled = {"train_limit": 32, "test_limit": 8, "epochs": 1, "lr": 1e30, "out": str(tmp_path)}
     with pytest.raises(NonFiniteLoss, match="the last update made the mse nan"):
-        executed("metrics", method="vq", **spoiled)
+        executed("rows", method="vq", **spoiled)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 from vqstudy.models import Autoencoder, reconstruction_loss
+from vqstudy.codebook import Affine
 from vqstudy.estimators import straight_through, synchronized
 from vqstudy.quantizers import StochasticQuantizer, VectorQuantizer, recipe, recipes
 from vqstudy.scores import reconstruction_scores
 from vqstudy.train import NonFiniteLoss, OutOfTime, Settings, fit, load_checkpoint, optimizers
+from vqstudy.settings import travel
 from vqstudy.train import reproducible, save_checkpoint, schedule
 
 METHOD = "vq + rotation + replace"  # draws random numbers in training: a lost state would show
@@ -186,16 +188,130 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
+# the names of a quantizer's parameters that are not the network's, by kind
+KINDS = {
+    "vq": {"codebook": {"book.weight"}},
+    "vq + ema": {},
+    "vq + affine + opt": {"codebook": {"book.weight"}, "map": {"book.map.scale", "book.map.shift"}},
+    "simvq": {"map": {"book.map.linear.weight"}},
+    "gumbel": {"codebook": {"book.weight"}},
+    "router": {"codebook": {"book.weight"}, "keys": {"keys"}},
+    "router + tied": {"codebook": {"book.weight"}},
+    "vq + affine + residual": {
+        "codebook": {f"parts.{i}.book.weight" for i in range(4)},
+        "map": {f"parts.{i}.book.map.{name}" for i in range(4) for name in ("scale", "shift")},
+    },
+}
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_groups_cover_every_parameter_once(kind):
-    model = Autoencoder(recipe("vq", 8, 16, channel_dim=1), channels=8)
-    by_name = optimizers(model, Settings(codebook_optimizer=kind, codebook_lr=10.0))
-    groups = [group for optimizer in by_name.values() for group in optimizer.param_groups]
+@pytest.mark.parametrize("spec", KINDS)
+def test_groups_cover_every_parameter_once_at_the_rate_of_its_kind(spec, kind):
+    model = Autoencoder(recipe(spec, 8, 16, channel_dim=1), channels=8)
+    s = Settings(codebook_optimizer=kind, codebook_lr=10.0, map_lr=3.0, keys_lr=5.0)
+    groups = [group for each in optimizers(model, s).values() for group in each.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    [book] = by_name["codebook"].param_groups
-    assert len(book["params"]) == 1 and book["params"][0] is model.quantizer.book.weight
-    assert book["weight_decay"] == 0 and book["base_lr"] == pytest.approx(1e-2)
+    name_of = {id(p): name for name, p in model.quantizer.named_parameters()}
+    found = {group["name"]: {name_of.get(id(p)) for p in group["params"]} for group in groups}
+    network = found.pop("network")
+    assert found == KINDS[spec] and None in network
+    rates = {"network": (1e-3, 1e-4), "keys": (5e-3, 1e-4), "codebook": (1e-2, 0), "map": (3e-3, 0)}
+    for group in groups:
+        rate, decay = rates[group["name"]]
+        assert group["base_lr"] == group["lr"] == pytest.approx(rate)
+        assert group["weight_decay"] == decay
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_map_steps_at_its_own_rate(inner):
+    "SGD, one batch: codebook and map each take their own multiple of their gradient."
+    reproducible(0)
+    model = Linear(VectorQuantizer(4, 8, map=Affine(4), alternate=inner > 1))
+    book = model.quantizer.book
+    parameters = book.weight, book.map.scale, book.map.shift
+    kept = [[] for _ in parameters]
+    for p, gradients in zip(parameters, kept):
+        p.register_hook(gradients.append)
+    before = [p.detach().clone() for p in parameters]
+    sgd = {"codebook_optimizer": "sgd", "codebook_lr": 7.0, "map_lr": 0.5, "inner": inner}
+    settings = Settings(epochs=1, batch_size=8, warmup=0.0, lr=1e-2, fused=False, **sgd)
+    fit(model, linear_loss, small(8), settings, progress=False)
+    for p, start, gradients, factor in zip(parameters, before, kept, (7.0, 0.5, 0.5)):
+        moved = sum(g for g in gradients[:inner])
+        assert moved.abs().sum() > 0
+        assert torch.allclose(p, start - 1e-2 * factor * moved, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "constant"])
+@pytest.mark.parametrize("spec", ["vq", "vq + affine", "vq + affine + alt"])
+def test_travel_is_how_far_adamw_goes(spec, decay):
+    "Under a gradient that stays the same, AdamW moves each number by its rate in each step."
+    reproducible(0)
+    model = Linear(recipe(spec, 4, 8))
+    parts = {"codebook": model.quantizer.book.weight}
+    if "affine" in spec:
+        parts["map"] = model.quantizer.book.map.shift
+    before = {kind: p.detach().clone() for kind, p in parts.items()}
+
+    def slope():
+        return -sum(p.sum() for p in parts.values())
+
+    def loss(m, x, y):
+        m.quantizer(m.encoder(x.flatten(1)))  # where an inner step reads what reaches it
+        nothing = 0 * m.encoder.weight.sum()
+        return nothing if "alt" in spec else nothing + slope(), {}
+
+    own = model.quantizer.inner_loss
+    model.quantizer.inner_loss = lambda z: 0 * own(z) + slope()
+    options = {"inner": 3, "fused": False} if "alt" in spec else {}
+    rates = {"lr": 1e-3, "codebook_lr": 20.0, "map_lr": 4.0, "decay": decay}
+    s = Settings(epochs=3, batch_size=8, weight_decay=0.0, **rates, **options)
+    fit(model, loss, small(), s, progress=False)
+    for kind, p in parts.items():
+        far = (p.detach() - before[kind]).mean()
+        assert far == pytest.approx(travel(model, s, 12)[kind], rel=1e-4)
+
+
+def test_a_run_starts_from_given_weights(tmp_path):
+    "Two epochs are one epoch, and another from its weights, where nothing else is kept."
+
+    def go(epochs, weights=None, path=None, monitor=None):
+        reproducible(0)
+        model = Autoencoder(recipe("vq + ema", 8, 32, channel_dim=1), channels=8)
+        sgd = {"optimizer": "sgd", "warmup": 0.0, "decay": "constant", "lr": 0.1}
+        settings = Settings(epochs=epochs, batch_size=32, **sgd)
+        given = {"weights": weights, "checkpoint": path, "monitor": monitor, "save_every": 0.0}
+        data = random_images(32)
+        return fit(model, reconstruction_loss, data, settings, progress=False, **given)
+
+    first = go(1)
+    # the order within a batch does not matter but for rounding
+    weights = {name: x.clone() for name, x in first.model.state_dict().items()}
+    second = go(1, weights)
+    assert second.history[0]["loss"] == pytest.approx(go(2).history[1]["loss"], rel=1e-5)
+    assert second.history[0]["loss"] < first.history[0]["loss"]
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        go(2, weights, path, interrupt_after(1))
+    with pytest.raises(ValueError, match="run.pt is of another run: weights.decoder"):
+        go(2, None, path)
+    assert same_run(go(2, weights, path), go(2, weights))
+
+
+@pytest.mark.parametrize("wrong, kind, words", [
+    ([], TypeError, "weights must be a state_dict"),
+    ({"w": [1.0]}, TypeError, r"weights\['w'\] must be a torch.Tensor"),
+    ({}, ValueError, r"weights must be the model's: w is \(1,\) float32, got nothing"),
+    ({"w": torch.ones(2)}, ValueError, r"w is \(1,\) float32, got \(2,\) float32"),
+    ({"w": torch.ones(1), "v": torch.ones(1)}, ValueError, "v is nothing, got"),
+])
+def test_weights_of_another_model_are_named(wrong, kind, words):
+    model = Weight(1.0)
+    settings = Settings(batch_size=8)
+    with pytest.raises(kind, match=words):
+        fit(model, lambda m, x, y: (m.w.sum(), {}), random_images(8), settings, weights=wrong)
+    assert float(model.w.detach()) == 1.0
 
 
 def test_sgd_on_the_codebook_is_a_plain_step():
@@ -272,7 +388,18 @@ def test_clipping_bounds_the_step(clip, norm, monkeypatch):
         ({"momentum": 1.0}, "momentum must be a finite number at least 0 and below 1, got 1.0"),
         ({"optimizer": "adam"}, "optimizer must be 'adamw' or 'sgd', got 'adam'"),
         ({"codebook_optimizer": "lion"}, "'lion'"),
-        ({"decay": "step"}, "'cosine' or 'constant', got 'step'"),
+        ({"decay": "linear"}, "'cosine', 'constant' or 'step', got 'linear'"),
+        ({"decay": "step"}, "milestones must be given with decay 'step', .* and milestones="),
+        ({"milestones": (3,)}, "milestones must be given .* got decay='cosine' and milestones=.3"),
+        ({"decay": "step", "milestones": (5, 3)}, r"milestones must rise, got \(5, 3\)"),
+        ({"decay": "step", "milestones": (11,)}, "milestones must be at most 10, got 11"),
+        ({"map_lr": -1.0}, "map_lr must be a finite number at least 0, got -1.0"),
+        ({"keys_lr": math.nan}, "keys_lr must be a finite number at least 0, got nan"),
+        ({"lengths": (0, 3)}, "lengths must be at least 1, got 0"),
+        ({"lengths": (8, 4)}, r"lengths must rise, got \(8, 4\)"),
+        ({"lengths": (4, 4)}, r"lengths must rise, got \(4, 4\)"),
+        ({"warmup_updates": -1}, "warmup_updates must be at least 0, got -1"),
+        ({"lengths": (10,), "warmup_updates": 9}, "at most 8, where the length 10 .*, got 9"),
         ({"autocast": "int8"}, "'int8'"),
         ({"lr": -1e-3}, "lr must be a finite number at least 0, got -0.001"),
         ({"lr": math.nan}, "lr must be a finite number at least 0, got nan"),
@@ -301,6 +428,9 @@ def test_bad_settings_are_named(bad, words):
         ({"channels_last": 1}, "channels_last must be True or False, got 1"),
         ({"compile": "no"}, "compile must be True or False, got 'no'"),
         ({"fused": None}, "fused must be True or False, got None"),
+        ({"lengths": 390}, "lengths must be a tuple of updates, got 390"),
+        ({"lengths": (390.0,)}, "lengths must be an int, got 390.0"),
+        ({"milestones": "30"}, "milestones must be a tuple of epochs, got '30'"),
     ],
 )
 def test_settings_of_another_type_are_named(bad, words):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MOST', 'STATE', 'reproducible', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint', 'damaged',
            'random_state', 'set_random_state', 'blake2', 'describe_tensor', 'describe', 'describe_module',
-           'differences']
+           'differences', 'start_from']
 
 # %% ../nbs/lib/07a_checkpoint.ipynb #22c7d278
 import hashlib, os, random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .checks import one_of, whole
+from .checks import one_of, typed, whole
 
 # %% ../nbs/lib/07a_checkpoint.ipynb #0c70427f
 def reproducible(
@@ -243,3 +243,16 @@ def differences(now: dict[str, Any], then: dict[str, Any], most: int = 4) -> str
     if len(changed) > most:
         changed = [*changed[:most], f"and {len(changed) - most} more"]
     return "; ".join(changed)
+
+# %% ../nbs/lib/07a_checkpoint.ipynb #5e7d3b02
+def start_from(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    "Take all weights from a state_dict. Raises TypeError or ValueError, and changes nothing then."
+    typed("weights", weights, Mapping, "a state_dict")
+    own = model.state_dict()
+    for name, value in weights.items():
+        typed(f"weights[{name!r}]", value, Tensor, "a torch.Tensor")
+    for name in sorted(own.keys() | weights.keys()):
+        needed, given = (_form(d[name]) if name in d else "nothing" for d in (own, weights))
+        if needed != given:
+            raise ValueError(f"weights must be the model's: {name} is {needed}, got {given}")
+    model.load_state_dict(weights)

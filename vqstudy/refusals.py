@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .checks import typed
-from .models import Classifier
 
 # %% ../nbs/lib/07c_refusals.ipynb #cb9d676f
 class NonFiniteLoss(RuntimeError):
@@ -103,8 +102,6 @@ def check_losses(answer: Any) -> tuple[Tensor, dict[str, Tensor]]:
 # %% ../nbs/lib/07c_refusals.ipynb #be196a5f
 def num_classes_of(model: nn.Module) -> int | None:
     "Of a classifier, where it says so."
-    if isinstance(model, Classifier):
-        return model.decoder[-1].out_features
     return getattr(model, "num_classes", None)
 
 
