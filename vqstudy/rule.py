@@ -346,6 +346,7 @@ class Change(NamedTuple):
     date: str  # ISO 8601, UTC
     what: str
     claims: tuple[str, ...] = ()
+    rule: str = ""  # hash of what the rule says, where it was changed
 
 
 def load_changes(path: str | Path) -> list[Change]:
