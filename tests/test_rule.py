@@ -12,7 +12,8 @@ from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured
 from vqstudy.rule import as_claimed, carried_on, find, in_size, judge, load_changes, may_decide
 from vqstudy.rule import margin_of, measure, off_scale, on_scale, pooled, region_p, word_of
 from vqstudy.stats import SAYS, Claim, Contrast, interval, over_seeds, paired
-from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation, variance_of
+from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation
+from vqstudy.tables import seeds_for, variance_of
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 3))
 ends = st.tuples(numbers, numbers).map(sorted)
@@ -142,6 +143,14 @@ def test_moderated_interval_by_hand():
     half = scipy_stats.t.ppf(0.975, 8) * ((6 * 0.05 + 2 * own) / 8 / 3) ** 0.5
     assert moderated(found, prior)[1:3] == pytest.approx((0.2 - half, 0.2 + half))
     assert moderated(found, Prior(math.nan, 0.0)) is found
+
+
+@given(st.floats(0.01, 5), st.floats(0.05, 2))
+def test_so_many_seeds_are_enough_and_one_fewer_is_not(deviation, half):
+    assume(deviation / half < 10)
+    n = seeds_for(deviation, half)
+    widths = [scipy_stats.t.ppf(0.975, k - 1) * deviation / k**0.5 for k in (n, n - 1) if k > 1]
+    assert widths[0] <= half and all(width > half for width in widths[1:])
 
 
 def test_rank_correlation_is_scipys_with_a_wider_interval():

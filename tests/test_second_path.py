@@ -1,4 +1,4 @@
-"""The ledger's words, found again by a script that shares no code with it; a changed one is seen."""
+"""The words of the ledger, found again by a script that shares no code with it."""
 
 import ast
 import json

@@ -359,7 +359,7 @@ def load_changes(path: str | Path) -> list[Change]:
     changes = []
     for table in tomllib.loads(Path(path).read_text(encoding="utf-8")).get("change", []):
         if not {"commit", "date", "what"} <= table.keys() <= set(Change._fields):
-            raise ValueError(f"a change has commit, date, what, perhaps claims, got {list(table)}")
+            raise ValueError(f"a change has commit, date, what (claims, rule), got {list(table)}")
         if not str(table["date"]).endswith("+00:00"):
             raise ValueError(f"change {table['commit']}: date must end in +00:00")
         changes.append(Change(**table | dict(claims=tuple(table.get("claims", ())))))
