@@ -255,17 +255,17 @@ def evidence(folder):
         whole = json.loads(path.read_text())
         for name, values in whole["claims"].items():
             values = {k: math.nan if v is None else v for k, v in values.items()}
-            found[name] = (whole["scale"], values)
+            found[name] = (whole["scale"], values, whole.get("updates"))
     return found
 
 
 def measure(claim, folder, handed, better, trained):
     "The finding on a claim: word alone, p, whether it may be decided, and what the ledger shows."
     if "figure" in claim:
-        scale, found = handed.get(claim["id"], ("", None))
+        scale, found, updates = handed.get(claim["id"], ("", None, None))
         if found is None or scale not in claim["scales"]:
             return None
-        unit, base, updates, each = claim.get("unit", "difference"), None, None, {}
+        unit, base, each = claim.get("unit", "difference"), None, {}
     else:
         one = by_sweep(claim, folder, better)
         if one is None:

@@ -9,11 +9,11 @@ from hypothesis import assume, given, strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.weightstats import ttost_paired
 from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured
-from vqstudy.rule import as_claimed, carried_on, find, in_size, judge, load_changes, may_decide
+from vqstudy.rule import as_claimed, carried_on, find, handed_over, in_size, judge, load_changes, may_decide
 from vqstudy.rule import margin_of, measure, off_scale, on_scale, pooled, region_p, word_of
 from vqstudy.stats import SAYS, Claim, Contrast, interval, over_seeds, paired
 from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation
-from vqstudy.tables import seeds_for, variance_of
+from vqstudy.tables import over_settings, seeds_for, variance_of
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 3))
 ends = st.tuples(numbers, numbers).map(sorted)
@@ -153,6 +153,17 @@ def test_so_many_seeds_are_enough_and_one_fewer_is_not(deviation, half):
     assert widths[0] <= half and all(width > half for width in widths[1:])
 
 
+@given(st.lists(ends, min_size=1, max_size=4), st.sampled_from(SAYS), st.floats(0.5, 20))
+def test_settings_earn_a_word_together_only_where_each_does(several, says, m):
+    each = [contrast_of(*pair, n=4) for pair in several]
+    margin = Margin(-m, m)
+    together = word_of(over_settings(each), says, margin).word.partition(",")[0]
+    alone = {word_of(c, says, margin).word.partition(",")[0] for c in each}
+    assert together == "undecided" or alone == {together}
+    # an equality is denied by effects on either side, which have no interval in common
+    assert together != "undecided" or len(alone) > 1 or alone <= {"undecided", "opposite"}
+
+
 def test_rank_correlation_is_scipys_with_a_wider_interval():
     x, y = np.random.default_rng(0).normal(size=(2, 11))
     y += x
@@ -251,6 +262,14 @@ def test_the_effect_is_carried_on_along_the_logarithm_of_the_length():
     late = carried_on(found, 1600)
     assert math.exp(late.effect) == pytest.approx(0.8 * 0.8 / 0.9)
     assert not may_decide(CLAIM, replace(found, by_length={400: found.measured}))
+
+
+def test_a_figure_says_at_how_many_updates():
+    keys = dict(sweep="", figure="f", contrast="c", a={}, b=None)
+    claim, found = replace(CLAIM, **keys), contrast_of(-0.3, -0.2)
+    updates = (None, 999, 1000)
+    allowed = [may_decide(claim, handed_over(claim, found, "desk", u)) for u in updates]
+    assert allowed == [False, False, True]
 
 
 def usage_rows(a, b, k=256):

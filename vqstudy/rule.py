@@ -237,10 +237,12 @@ def find(claim: Claim, rows: "pd.DataFrame", scale: str) -> Finding | None:
     return Finding(each[updates], scale, updates, each)
 
 # %% ../nbs/lib/10f_rule.ipynb #cbedb701
-def handed_over(claim: Claim, found: Contrast, scale: str) -> Finding:
-    "The finding on a claim that a figure decides."
+def handed_over(
+    claim: Claim, found: Contrast, scale: str, updates: int | None = None
+) -> Finding:
+    "The finding on a claim that a figure decides, and at how many updates where it says."
     by_seed: dict[int, float] = {}
-    return Finding(Measured(found, claim.metric, claim.unit, math.nan, by_seed), scale)
+    return Finding(Measured(found, claim.metric, claim.unit, math.nan, by_seed), scale, updates)
 
 
 def in_size(claim: Claim, found: Finding) -> bool | None:
