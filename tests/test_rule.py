@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.weightstats import ttost_paired
-from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured
-from vqstudy.rule import as_claimed, carried_on, find, handed_over, in_size, judge, load_changes, may_decide
-from vqstudy.rule import margin_of, measure, off_scale, on_scale, pooled, region_p, word_of
+from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured, as_claimed, carried_on
+from vqstudy.rule import find, handed_over, in_size, judge, load_changes, margin_of, may_decide
+from vqstudy.rule import measure, off_scale, on_scale, pooled, region_p, word_of
 from vqstudy.stats import SAYS, Claim, Contrast, interval, over_seeds, paired
 from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation
 from vqstudy.tables import over_settings, seeds_for, variance_of

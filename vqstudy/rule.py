@@ -313,7 +313,7 @@ def judge(claims: Iterable[Claim], findings: Mapping[str, Finding | None]) -> di
             verdicts[claim.id] = Verdict("not measured", "not measured")
             continue
         alone = word_of(found.contrast, claim.says, margin_of(claim, found.measured.base))
-        verdicts[claim.id] = Verdict(*alone[:1] * 2, alone.p)
+        verdicts[claim.id] = Verdict(alone.word, alone.word, alone.p)
         if not may_decide(claim, found):
             verdicts[claim.id] = Verdict("cannot decide", *alone)
         elif found.contrast.n:  # an exact result is no test
