@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, strategies as st
 from scipy import stats as scipy_stats
 from vqstudy.stats import SAYS, UNITS, VERDICTS, Claim, Contrast, bootstrap, contrast, interval
-from vqstudy.stats import load_claims, paired, verdict
+from vqstudy.stats import holds, inner_usage, load_claims, paired, scaled, verdict
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 3))
 
@@ -43,7 +43,20 @@ def test_order_of_seeds_does_not_matter_and_strangers_are_no_pairs():
     assert paired(a, b).n == 3
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@given(st.lists(st.integers(0, 512), min_size=2, max_size=6), st.integers(0, 512))
+def test_log_odds_of_usage_are_those_of_half_a_code_more(active, other):
+    "statsmodels' odds ratio of the table of active and idle codes, half a code added to each."
+    from statsmodels.stats.contingency_tables import Table2x2
+
+    usage = [inner_usage(count / 512, 512) for count in (*active, other)]
+    found = paired(dict(enumerate(usage[:-1])), usage[-1], "logit")
+    counts = [[[n + 0.5, 512 - n + 0.5], [other + 0.5, 512 - other + 0.5]] for n in active]
+    expected = [Table2x2(np.array(table)).log_oddsratio for table in counts]
+    np.testing.assert_allclose(found.effect, np.mean(expected), atol=1e-9)
+    assert all(0 < u < 1 for u in usage) and math.isfinite(scaled(usage[0], "logit"))
+
+
+@pytest.mark.parametrize("unit", UNITS[:2])
 def test_every_pair_is_counted(unit):
     kinds = [1.0, 2.0, math.inf, -math.inf, math.nan]
     pairs = [(x, y) for x in kinds for y in kinds]
@@ -139,6 +152,8 @@ CLAIM = Claim(
     says="higher",
     smallest=0.05,
     scales=["desk"],
+    kind="run",
+    about="mechanism",
     better="higher",
     sweep="s",
     a=dict(method="x", tuned=True),
@@ -197,6 +212,14 @@ def test_the_stand_in_is_taken_where_the_metric_is_not():
     assert contrast(lpips, rows().assign(lpips=math.nan))[1] == "usage"
 
 
+def test_a_list_of_values_means_any_of_them():
+    k = rows().assign(k=[64, 64, 128] * 2)
+    assert contrast(CLAIM, k)[0].n == 2
+    either = Claim(**CLAIM.__dict__ | dict(where=dict(k=[64, 128])))
+    assert contrast(either, k)[0] == contrast(CLAIM, rows())[0]
+    assert holds(k, dict(method=["z"])) == [False] * 6
+
+
 def test_rows_that_a_claim_cannot_tell_apart():
     with pytest.raises(ValueError, match="claim demo: 6 rows, two of them with seed 0"):
         contrast(CLAIM, pd.concat([rows(), rows()]))
@@ -214,10 +237,12 @@ text = "t"
 figure = "f"
 contrast = "c"
 scales = ["toy"]
+kind = "toy"
 metric = "mse"
 says = "equal"
 smallest = 1
 """
+RUN = 'scales = ["gpu"]\nkind = "run"'
 RATIO = 'says = "equal"\nunit = "ratio"\npublished = -1.0'
 SLIPS = [
     ('id = "one"', 'id = "One two"', "claim One two: an id is"),
@@ -230,6 +255,12 @@ SLIPS = [
     ("smallest = 1", "smallest = nan", "claim one: smallest must be .* got nan"),
     ('["toy"]', '["toys"]', "claim one: each of scales must be .* got 'toys'"),
     ('["toy"]', "[]", "claim one: scales has the value"),
+    ('kind = "toy"\n', "", "claim one: wants kind"),
+    ('kind = "toy"', 'kind = "joke"', "claim one: kind must be 'identity', .* got 'joke'"),
+    ('["toy"]', '["gpu"]', r"claim one: kind toy and scales \['gpu'\] exclude each other"),
+    ('scales = ["toy"]\nkind = "toy"', RUN, "claim one: wants about"),
+    ('kind = "toy"', 'kind = "toy"\nabout = "us"', "claim one: about must be 'mechanism' or"),
+    ('kind = "toy"', 'kind = "toy"\ndocument_updates = 0', "document_updates must be at least 1, got 0"),
     ('contrast = "c"\n', "", "claim one: wants contrast"),
     ('figure = "f"\n', "", "claim one: wants sweep, a, b"),
     ('figure = "f"', 'figure = "f"\nb = 3', "claim one: a figure decides it, so it takes no b"),
@@ -254,6 +285,17 @@ def test_slips_in_a_file_of_claims_are_named(tmp_path, old, new, why):
     path.write_text(FILE.replace(old, new, 1))
     with pytest.raises(ValueError, match=why):
         load_claims(path)
+
+
+def test_the_documents_length_is_the_claims_own_or_that_of_its_figure(tmp_path):
+    path = tmp_path / "claims.toml"
+    run = FILE.replace('scales = ["toy"]\nkind = "toy"', f'{RUN}\nabout = "final"')
+    table = "[document_updates]\nf = 900\n"
+    for text, updates in ((run, None), (table + run, 900), (table + FILE, None)):
+        path.write_text(text)
+        assert load_claims(path)[0].document_updates == updates
+    path.write_text(table + run + "document_updates = 30\n")
+    assert load_claims(path)[0].document_updates == 30
 
 
 def test_an_id_is_used_once(tmp_path):
