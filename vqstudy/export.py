@@ -152,7 +152,7 @@ def _program(quantizer: Quantizer, z: Float[Tensor, "..."], part: str) -> Export
     z = z.cpu()
     quantizer.encode(z)  # raises for a bad z before anything is traced
     width = quantizer.channel_dim % z.ndim
-    sizes = [z.shape[i] if i == width else 4 + 2 * i for i in range(z.ndim)]
+    sizes = [z.shape[i] if i == width else 4 for i in range(z.ndim)]
     example = z.new_zeros(sizes)
     open_dims = [i for i in range(z.ndim) if i != width]
     if part == "decode":
@@ -187,12 +187,12 @@ def _check_exportable(quantizer: Quantizer, z: Tensor, part: str) -> None:
 def to_onnx(
     quantizer: Quantizer,
     z: Float[Tensor, "..."],  # an example: its dtype and number of dimensions count, no sizes
-    path: str | Path,         # of the file, which holds the weights too
+    path: str | Path,         # of the file, weights included: at most 2 GB
     part: str = "encode",     # or "decode"
 ) -> None:
     """Write a quantizer's `encode` or `decode`, in evaluation, as an ONNX file of opset 18.
 
-    encode: `z` to `codes`; decode: `codes` (int64) to `z_q`, shaped as the methods' own. All sizes
+    encode: `z` to `codes`; decode: `codes` (int64) to `z_q`, shaped as by the methods. All sizes
     are open, from 1 on, but z's width and `code_shape`. z is of the example's dtype: float32,
     float64 or float16; z_q has the code vectors' dtype.
     Every recipe can be exported; of `none` only encode, for its codes hold nothing to decode.
@@ -202,7 +202,7 @@ def to_onnx(
     decode gives the library's vectors bit for bit, multiscale's up to rounding. In float64 the
     numbers in fsq's bound and bsq's corners are float32's: the exporter rounds them.
     Scores are held 2^22 at a time (one row, where k is larger), never n x k.
-    Values are not looked at: NaN gets some code; codes outside 0..num_codes - 1 are not refused.
+    Values are not looked at: what NaN or codes outside 0..num_codes - 1 give is not defined.
     Raises ValueError or TypeError for what cannot be exported and as `encode` does for z,
     ImportError where onnx or onnxscript is missing.
     """
