@@ -21,5 +21,5 @@ setup(
     packages=["vqstudy"],
     python_requires=f">={cfg['min_python']},<3.14",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("study", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("study", "dev", "onnx")},
 )
