@@ -22,7 +22,8 @@ onnx = pytest.importorskip("onnx", reason="to_onnx needs it (pip install onnx)")
 pytest.importorskip("onnxscript", reason="to_onnx needs it (pip install onnxscript)")
 runtime = pytest.importorskip("onnxruntime", reason="runs the files (pip install onnxruntime)")
 
-DIM, K, FLOAT = 8, 64, torch.float32
+DIM, K = 8, 64
+FLOAT = torch.float32
 UNIT = 2.0**-24  # a rounding of float32, relative
 # further quantizers of vectors of width DIM
 ROWS = {
