@@ -720,8 +720,9 @@ class _Idle(Gathering):
 class Replacement(_Idle):
     """How many training steps each code has been idle; after `life_span` of them it is dead.
 
-    A compiled step has a graph for batches of fewer vectors than codes and one for all others; with
-    several processes it breaks at each draw, which reads how many vectors every rank has. Raises ValueError or TypeError for bad values.
+    A compiled step has a graph for batches of fewer vectors than codes and one for all others;
+    with several processes it breaks at each draw, which reads how many vectors every rank has.
+    Raises ValueError or TypeError for bad values.
     """
 
     def __init__(self, num_codes: int, life_span: int = 20):
