@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, processes, records, study, tuning
+from vqstudy import cells, code, processes, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -61,15 +61,130 @@ literals = st.one_of(
 def test_id_depends_on_names_and_values_alone(parameters, random):
     names = list(parameters)
     random.shuffle(names)
-    name = cells.cell_id("walk", parameters)
-    assert name == cells.cell_id("walk", {key: parameters[key] for key in names})
-    assert name == cells.cell_id("walk", json.loads(json.dumps(parameters)))
+    name = cells.cell_id("walk", parameters, {})
+    assert name == cells.cell_id("walk", {key: parameters[key] for key in names}, {})
+    assert name == cells.cell_id("walk", json.loads(json.dumps(parameters)), {})
     assert len(name) == len("walk-") + 12
-    assert name != cells.cell_id("walk", parameters | {"new parameter": 0})
+    more = parameters | {"new parameter": 0}
+    assert name != cells.cell_id("walk", more, {})
+    assert name == cells.cell_id("walk", more, {"new parameter": 0})
 
 
 def test_id_tells_types_apart():
-    assert len({cells.cell_id("w", dict(x=x)) for x in (1, 1.0, "1", True, [1])}) == 5
+    values = (1, 1.0, "1", True, [1])
+    assert len({cells.cell_id("w", dict(x=x), {}) for x in values}) == 5
+    assert len({cells.cell_id("w", dict(x=x), dict(x=1)) for x in values}) == 5
+
+
+# ---- ids and defaults ----
+
+
+@pytest.fixture
+def reconstruct(tmp_path, monkeypatch):
+    "The notebook that trains autoencoders, its sweep of Table 3, and no code."
+    book = json.loads((ROOT / "nbs/runs/reconstruct.ipynb").read_text())
+    (tagged,) = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    sweep = (ROOT / "nbs/sweeps/huh_tab03.yaml").read_text()
+    new_project(tmp_path, PARAMETERS, "1", table=sweep)
+    notebook(tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"]))
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    return tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"])
+
+
+def ids_of(name):
+    return {scale: [cell.id for cell in cells.plan(name, scale)] for scale in ("smoke", "desk")}
+
+
+def test_a_new_parameter_with_a_neutral_default_leaves_every_id(reconstruct):
+    path, declared = reconstruct
+    before, old = ids_of("table"), code.fingerprint("reconstruct")
+    notebook(path, 'moons: int = 0  # of the quantizer\nshades: list = ["none"]\n' + declared)
+    assert ids_of("table") == before and code.fingerprint("reconstruct") != old
+    assert cells.plan("table", "desk")[0].parameters["shades"] == ["none"]
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_changed_default_changes_the_ids_of_those_that_relied_on_it(reconstruct, collected):
+    path, declared = reconstruct
+    old = "watch_limit: int = 2000"
+    assert old in declared
+    where = path.parents[2] / cells.DEFAULTS
+    if collected:
+        cell = cells.plan("table", "desk")[0]
+        leave(cell, dict(mse=1.0))
+        records.collect("table", "desk")
+        assert json.loads(where.read_text())["reconstruct"]["watch_limit"] == 2000
+    says = cells.check("reconstruct", dict(watch_limit=2000))
+    before = ids_of("table"), cells.cell_id("reconstruct", says)
+    notebook(path, declared.replace(old, "watch_limit: int = 3000"))
+    after = ids_of("table"), cells.cell_id("reconstruct", says)
+    # at desk the sweep says 500 itself, so only what relied on the default may change
+    assert after[0] == before[0]
+    unsaid = cells.cell_id("reconstruct", cells.check("reconstruct", {}))
+    # a row of 2,000 is there under the old id, or there is none that could be taken for another
+    assert (unsaid == before[1]) is not collected
+    assert (after[1] == before[1]) is collected
+
+
+def test_the_first_default_counts_also_where_it_changes_twice(project):
+    path = project / "nbs/runs/walk.ipynb"
+    leave(cells.plan("walks", "desk")[0], dict(metric=1.0))
+    records.collect("walks", "desk")
+    first = ids_of("walks")["desk"]
+    for lr in (0.2, 0.3):
+        notebook(path, PARAMETERS.replace("lr: float = 0.1", f"lr: float = {lr}"), USES_TOY)
+        assert not set(first) & set(ids_of("walks")["desk"])
+        leave(cells.plan("walks", "desk")[0], dict(metric=lr))
+        records.collect("walks", "desk")
+    notebook(path, PARAMETERS, USES_TOY)
+    assert ids_of("walks")["desk"] == first
+    rows = records.read_table(project / "data/results/walks.csv")
+    assert sorted(row["lr"] for row in rows) == ["0.1", "0.2", "0.3"]
+
+
+def test_smoke_results_make_no_neutral_values(project):
+    leave(cells.plan("walks", "smoke")[0], dict(metric=1.0))
+    records.collect("walks", "smoke")
+    assert not (project / cells.DEFAULTS).exists()
+
+
+def test_ids_are_computed_again_from_the_rows(figured):
+    table = figured.parents[2] / "data/results/walks.csv"
+    files = sorted(table.parent.glob("walks.*"))
+    known = [path.read_text() for path in files]
+    planned = cells.plan("walks", "desk")
+    for path, text in zip(files, known):
+        for number, cell in enumerate(planned):
+            text = text.replace(cell.id, f"walk-{number}")
+        path.write_text(text)
+    assert set(records.in_results(planned).values()) == {"missing"}
+    assert study.main(["rename", "--sweep", "walks"]) == 0
+    assert [path.read_text() for path in files] == known
+    assert set(records.in_results(planned).values()) == {"current"}
+
+
+def test_a_row_says_its_parameters(project):
+    given = dict(lr=2.0, taps=[3], tuned=True, method="b", seed=4)
+    whole = cells.check("walk", given)
+    row = {name: records.text(value) for name, value in whole.items()} | dict(old="x", gone="[1]")
+    names = [*whole, "old", "gone"]
+    assert records.asked(row, names, "walk") == whole | dict(old="x", gone=[1])
+    # a parameter that is newer than the row has no field, or an empty one
+    newer = {name: "" if name == "taps" else field for name, field in row.items()}
+    del newer["lr"]
+    told = records.asked(newer, list(whole), "walk")
+    assert told == {name: whole[name] for name in whole if name not in ("lr", "taps")}
+
+
+@pytest.mark.parametrize("name", cells.sweeps())
+def test_committed_rows_have_the_ids_of_their_parameters(name):
+    path = records.results_folder("desk") / f"{name}.csv"
+    if not path.is_file():
+        pytest.skip("not measured yet")
+    stem = cells.sweep(name)["notebook"]
+    names = json.loads(path.with_suffix(".json").read_text())["columns"]["parameters"]
+    for row in records.read_table(path):
+        assert row["cell"] == cells.cell_id(stem, records.asked(row, names, stem))
 
 
 @given(value=literals)
@@ -173,21 +288,21 @@ OTHER_CODE = {
 def test_how_code_is_written_does_not_count(change):
     old, new = SAME_CODE[change]
     assert old in MODULE
-    assert cells.code_digest(MODULE.replace(old, new)) == cells.code_digest(MODULE)
+    assert code.code_digest(MODULE.replace(old, new)) == code.code_digest(MODULE)
 
 
 @pytest.mark.parametrize("change", OTHER_CODE)
 def test_what_code_does_counts(change):
     old, new = OTHER_CODE[change]
     assert old in MODULE
-    assert cells.code_digest(MODULE.replace(old, new)) != cells.code_digest(MODULE)
+    assert code.code_digest(MODULE.replace(old, new)) != code.code_digest(MODULE)
 
 
 def test_annotations_count_where_a_decorator_may_read_them():
     kernel = "@triton.jit\ndef kernel(x, wide: tl.constexpr): pass"
-    assert cells.code_digest(kernel) != cells.code_digest(kernel.replace(": tl.constexpr", ""))
+    assert code.code_digest(kernel) != code.code_digest(kernel.replace(": tl.constexpr", ""))
     plain = "@torch.no_grad()\n@property\ndef width(self) -> int: return 1"
-    assert cells.code_digest(plain) == cells.code_digest(plain.replace(" -> int", ""))
+    assert code.code_digest(plain) == code.code_digest(plain.replace(" -> int", ""))
 
 
 GOLDEN = r'''
@@ -262,7 +377,7 @@ def pythons():
 
 
 def test_every_python_gives_the_same_digest():
-    code = "import sys; from vqstudy.cells import code_digest; print(code_digest(sys.stdin.read()))"
+    code = "import sys; from vqstudy.code import code_digest; print(code_digest(sys.stdin.read()))"
     env = dict(os.environ, PYTHONUTF8="1", PYTHONPATH=str(ROOT))
     env.pop("PYTHONHOME", None)
     digests = {}
@@ -278,25 +393,25 @@ def test_every_python_gives_the_same_digest():
 def test_fingerprint_sees_code_and_nothing_else(project):
     path = project / "nbs/runs/walk.ipynb"
     toy = project / "vqstudy/toy.py"
-    before = cells.fingerprint("walk")
+    before = code.fingerprint("walk")
     shown = [nbformat.v4.new_output("stream", text="ran")]
     notebook(path, PARAMETERS, USES_TOY + "  # of a toy", outputs=shown)
     os.utime(toy, (0, 0))
     toy.write_text('"A toy."\n\ndef walk() -> None:\n    pass\n')
     (project / "vqstudy/unused.py").write_text("x = 1")
-    assert cells.fingerprint("walk") == before
+    assert code.fingerprint("walk") == before
     notebook(path, PARAMETERS, "", USES_TOY)
-    assert cells.fingerprint("walk") == before, "an empty cell"
+    assert code.fingerprint("walk") == before, "an empty cell"
     notebook(path, PARAMETERS, "%matplotlib inline", USES_TOY)
-    assert cells.fingerprint("walk") != before, "a magic"
+    assert code.fingerprint("walk") != before, "a magic"
     notebook(path, PARAMETERS.replace("steps: int = 3", "steps: int = 4"), USES_TOY)
-    assert cells.fingerprint("walk") != before, "a default"
+    assert code.fingerprint("walk") != before, "a default"
     notebook(path, PARAMETERS, USES_TOY)
     toy.write_text("def walk(): return 1")
-    assert cells.fingerprint("walk") != before, "a module"
+    assert code.fingerprint("walk") != before, "a module"
     toy.write_text("def walk(:")
     with pytest.raises(ValueError, match="does not parse"):
-        cells.fingerprint("walk")
+        code.fingerprint("walk")
 
 
 def test_rows_of_older_code_are_stale_and_stay(project):
@@ -552,11 +667,11 @@ def kept(record):
 
 def test_the_notebook_itself_is_known(project):
     done, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, steps=9)
-    (name, record), code = *left.items(), cells.fingerprint("walk")
+    (name, record), code = *left.items(), code.fingerprint("walk")
     assert name == record["cell"] and record["metrics"] == dict(far=3)
     assert kept(record) == ("nbs/runs/walk.ipynb", True, code)
     whole = (project / "nbs/runs/walk.ipynb").read_bytes()
-    assert record["provenance"]["notebook_hash"] == cells.digest(whole)
+    assert record["provenance"]["notebook_hash"] == code.digest(whole)
     assert f"the record goes to data/runs/single/{name}" in (project / "out.ipynb").read_text()
 
 
@@ -574,7 +689,7 @@ EDITED = {
 def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
     sources, declared = EDITED[edit]
     _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS)
-    (cell, before), code = *left.items(), cells.fingerprint("walk")
+    (cell, before), code = *left.items(), code.fingerprint("walk")
     done, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared, api=api)
     assert left.pop(cell) == before, done
     (name, copy), = left.items()
@@ -585,9 +700,9 @@ def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
         assert (file, copy["provenance"]["notebook_hash"], fingerprint) == (None, None, None)
     else:
         assert file == "my_copy.ipynb" and name == f"{cell}.my_copy-edited"
-        assert fingerprint == cells.fingerprint(project / "my_copy.ipynb")
+        assert fingerprint == code.fingerprint(project / "my_copy.ipynb")
         whole = (project / "my_copy.ipynb").read_bytes()
-        assert copy["provenance"]["notebook_hash"] == cells.digest(whole)
+        assert copy["provenance"]["notebook_hash"] == code.digest(whole)
 
 
 SAME = {
@@ -604,7 +719,7 @@ def test_a_copy_of_the_same_code_is_the_notebook_and_says_its_name(project, chan
     _, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared)
     (name, record), = left.items()
     assert name == record["cell"]
-    assert kept(record) == ("my_copy.ipynb", True, cells.fingerprint("walk"))
+    assert kept(record) == ("my_copy.ipynb", True, code.fingerprint("walk"))
     assert record["parameters"]["steps"] == (4 if change == "another default" else 3)
 
 
@@ -622,7 +737,7 @@ def test_without_a_kernel_nothing_is_known(project, monkeypatch, capsys):
     assert capsys.readouterr().out == f"the record goes to data/runs/single/{run.cell}\n"
     past = run.save({})["provenance"]
     assert (past["notebook_file"], past["notebook_hash"], past["notebook_verified"]) == (None,) * 3
-    assert past["fingerprint"] == cells.fingerprint("walk")
+    assert past["fingerprint"] == code.fingerprint("walk")
 
 
 def test_a_run_outside_the_checkout_says_the_whole_path(
@@ -648,7 +763,7 @@ def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
 def test_the_wrapper_tells_path_and_hash(project):
     sources = [*RUNS[:3], "if seed: raise ValueError('no')", RUNS[3]]
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
-    whole = cells.digest((project / "nbs/runs/walk.ipynb").read_bytes())
+    whole = code.digest((project / "nbs/runs/walk.ipynb").read_bytes())
     for cell in cells.plan("walks", "desk")[:2]:
         process, line = start(project, *words_for(cell))
         process.communicate(timeout=60)

@@ -11,7 +11,8 @@ import ctypes, os, subprocess, sys, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, TextIO
-from .cells import Cell, root
+from .cells import Cell
+from .code import root
 from .records import locked
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'IDENTITY', 'STATUS', 'write', 'locked', 'commit', 'device', 'now', 'provenance', 'memory',
            'NotebookSource', 'plain_number', 'sample_grid', 'text', 'merged', 'write_table', 'read_table',
            'make_record', 'save_record', 'read_record', 'found', 'state', 'results_folder', 'slug', 'Table', 'collect',
-           'in_results', 'results', 'histories', 'samples', 'evidence', 'gathered']
+           'asked', 'rename_cells', 'in_results', 'results', 'histories', 'samples', 'evidence', 'gathered']
 
 # %% ../nbs/lib/10b_records.ipynb #4d69362b
 import ast, csv, datetime, fcntl, functools, io, json, math, os, platform, re, resource
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Iterable, Iterator
-from .cells import Cell, cell_codes, digest, fingerprint, notebook_path, parameters, plan
-from .cells import root, source_digest, sweep
+from .cells import DEFAULTS, PARAMETER_TYPES, Cell, Parameter, cell_id, neutral, parameters
+from .cells import plan, sweep
+from .code import cell_codes, digest, fingerprint, notebook_path, root, source_digest
 from .checks import one_of
 
 # %% ../nbs/lib/10b_records.ipynb #44969d4b
@@ -509,6 +510,15 @@ def _read_notes(path: Path) -> dict[str, Any]:
         raise ValueError(f"{where} is damaged ({error}): {advice}") from None
 
 
+def _keep_defaults(notebook: str) -> None:
+    "Note the defaults of parameters that rows rely on for the first time: ids are made with them."
+    path = root() / DEFAULTS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if known.get(notebook) != (first := neutral(notebook)):
+        whole = known | {notebook: first}
+        write(path, json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
 def collect(name: str, scale: str) -> Path:
     """Merge what a sweep's cells have left here into its table, and return the table's path.
 
@@ -527,7 +537,55 @@ def collect(name: str, scale: str) -> Path:
                 row = table.rows[scale, cell.id]
                 _keep_samples(folder, cell, row, table.notes["samples"], planned)
         table.save()
+        if scale != "smoke":
+            _keep_defaults(cells[0].notebook)
     return table.csv
+
+# %% ../nbs/lib/10b_records.ipynb #18828403
+def _typed(field: str, known: Parameter | None) -> Any:
+    "A field of a table as the parameter's type; JSON, or else text, where it is declared no more."
+    kind = known.type if known else None
+    if kind is bool or field in ("True", "False"):
+        return field == "True"
+    if kind in (int, float, str):
+        return kind(field)
+    try:
+        return json.loads(field)
+    except ValueError:
+        return field
+
+
+def asked(row: dict[str, str], names: list[str], notebook: str) -> dict[str, Any]:
+    "The parameters of a table's row that it has, typed. names: the columns that are parameters."
+    declared = parameters(notebook)
+    return {name: _typed(row[name], declared.get(name)) for name in names if row.get(name)}
+
+
+def _give_ids(table: Table, ids: dict[str, str]) -> None:
+    "Put new ids in the place of old ones, in everything that a table holds."
+    for row in [*table.rows.values(), *(x for lines in table.history.values() for x in lines)]:
+        row["cell"] = ids[row["cell"]]
+    table.rows = {(row["scale"], row["cell"]): row for row in table.rows.values()}
+    table.history = {(scale, ids[cell]): x for (scale, cell), x in table.history.items()}
+    for scale, cells in table.notes["cells"].items():
+        table.notes["cells"][scale] = {ids[cell]: past for cell, past in cells.items()}
+    for kept in table.notes["samples"].values():
+        kept["rank"][-1] = ids.get(kept["rank"][-1], kept["rank"][-1])
+
+# %% ../nbs/lib/10b_records.ipynb #cd4e749c
+def rename_cells(name: str) -> dict[str, str]:
+    "Compute the ids in a sweep's tables again from the parameters; old ids by new ones."
+    stem = sweep(name)["notebook"]
+    with locked(root() / "data" / "runs" / ".collect.lock", 60):
+        _keep_defaults(stem)
+        table = Table(results_folder("desk"), name)
+        names = table.notes["columns"].get("parameters", [])
+        ids = {row["cell"]: cell_id(stem, asked(row, names, stem)) for row in table.rows.values()}
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"{name}: two cells of the table would have the same id")
+        _give_ids(table, ids)
+        table.save()
+    return {old: new for old, new in ids.items() if old != new}
 
 # %% ../nbs/lib/10b_records.ipynb #0f8a0944
 def in_results(cells: list[Cell]) -> dict[str, str]:

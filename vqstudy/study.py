@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Iterator
 import vqstudy
-from .cells import SCALES, Cell, cell_id, check, digest, fingerprint, foreign_modules
-from .cells import notebook_path, parameters, plan, root, sweep, sweeps
+from .cells import SCALES, Cell, cell_id, check, parameters, plan, sweep, sweeps
 from .checks import one_of
+from .code import digest, fingerprint, foreign_modules, notebook_path, root
 from .processes import Guard, adopt, end_children, engine, gpu, gpus, redirected, slots
 from .processes import keep_caches, wants_gpu
 from .records import NotebookSource, collect, commit, found, in_results, locked, make_record
-from .records import memory, now
+from .records import memory, now, rename_cells
 from .records import provenance, read_record, read_table, results_folder, save_record
 from .records import state, write
 from .tuning import choice, declared
@@ -619,6 +619,7 @@ COMMANDS = {
     "collect": "merge records into the results",
     "draw": "draw one figure at a scale",
     "redraw": "draw the committed figures in place from the committed results",
+    "rename": "compute the ids in the committed tables again",
     "choose": "print what a tuning sweep chose, as the grids of a sweep",
 }
 
@@ -631,8 +632,8 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
     for name in ("plan", "cell", "collect", "draw", "choose"):
         parts[name].add_argument("--scale", default="smoke", choices=SCALES)
-    several = "a sweep's name; several or none (all) for plan and collect"
-    for name in ("plan", "cell", "collect"):
+    several = "a sweep's name; several or none (all), but for cell"
+    for name in ("plan", "cell", "collect", "rename"):
         parts[name].add_argument("--sweep", default="", help=several)
     left_out = "leave out what the results have already"
     parts["plan"].add_argument("--missing", action="store_true", help=left_out)
@@ -652,6 +653,10 @@ def _obey(given: argparse.Namespace) -> int:
         return draw_figure(given.figure, given.scale)
     if given.command == "redraw":
         return redraw(given.figures)
+    if given.command == "rename":
+        for name in chosen(given.sweep, "desk"):
+            print(f"{name}: {len(rename_cells(name))} ids changed")
+        return 0
     names = chosen(given.sweep, given.scale)
     if given.command == "choose":
         print(declared(choice(given.sweep, given.scale)))
