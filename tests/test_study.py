@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, code, processes, records, study, tuning
+from vqstudy import cells, code, files, processes, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -36,7 +36,7 @@ scales: {smoke: {}, desk: {}, gpu: {seeds: [7]}}
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     new_project(tmp_path, PARAMETERS, USES_TOY, walks=WALKS)
-    records.write(tmp_path / "vqstudy/toy.py", "def walk(): pass")
+    files.write(tmp_path / "vqstudy/toy.py", "def walk(): pass")
     monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
     return tmp_path
 
@@ -138,7 +138,7 @@ def test_the_first_default_counts_also_where_it_changes_twice(project):
         records.collect("walks", "desk")
     notebook(path, PARAMETERS, USES_TOY)
     assert ids_of("walks")["desk"] == first
-    rows = records.read_table(project / "data/results/walks.csv")
+    rows = files.read_table(project / "data/results/walks.csv")
     assert sorted(row["lr"] for row in rows) == ["0.1", "0.2", "0.3"]
 
 
@@ -150,23 +150,23 @@ def test_smoke_results_make_no_neutral_values(project):
 
 def test_ids_are_computed_again_from_the_rows(figured):
     table = figured.parents[2] / "data/results/walks.csv"
-    files = sorted(table.parent.glob("walks.*"))
-    known = [path.read_text() for path in files]
+    paths = sorted(table.parent.glob("walks.*"))
+    known = [path.read_text() for path in paths]
     planned = cells.plan("walks", "desk")
-    for path, text in zip(files, known):
+    for path, text in zip(paths, known):
         for number, cell in enumerate(planned):
             text = text.replace(cell.id, f"walk-{number}")
         path.write_text(text)
     assert set(records.in_results(planned).values()) == {"missing"}
     assert study.main(["rename", "--sweep", "walks"]) == 0
-    assert [path.read_text() for path in files] == known
+    assert [path.read_text() for path in paths] == known
     assert set(records.in_results(planned).values()) == {"current"}
 
 
 def test_a_row_says_its_parameters(project):
     given = dict(lr=2.0, taps=[3], tuned=True, method="b", seed=4)
     whole = cells.check("walk", given)
-    row = {name: records.text(value) for name, value in whole.items()} | dict(old="x", gone="[1]")
+    row = {name: files.text(value) for name, value in whole.items()} | dict(old="x", gone="[1]")
     names = [*whole, "old", "gone"]
     assert records.asked(row, names, "walk") == whole | dict(old="x", gone=[1])
     # a parameter that is newer than the row has no field, or an empty one
@@ -183,7 +183,7 @@ def test_committed_rows_have_the_ids_of_their_parameters(name):
         pytest.skip("not measured yet")
     stem = cells.sweep(name)["notebook"]
     names = json.loads(path.with_suffix(".json").read_text())["columns"]["parameters"]
-    for row in records.read_table(path):
+    for row in files.read_table(path):
         assert row["cell"] == cells.cell_id(stem, records.asked(row, names, stem))
 
 
@@ -432,15 +432,15 @@ def test_committed_rows_are_read_and_the_dry_run_tells_how_old_they_are(name):
     if not (records.results_folder("desk") / f"{name}.csv").is_file():
         pytest.skip("not measured yet")
     planned = cells.plan(name, "desk")
-    rows = records.results(name, "desk").set_index("cell")
+    rows = records.results(name, "desk")
     states = records.in_results(planned)
     for cell in planned:
-        if cell.id not in rows.index:
+        mine = rows[(rows.cell == cell.id) & (rows.status != "failed")]
+        if len(mine) < max(1, len(cell.lengths)):
             assert states[cell.id] == "missing"
-            continue
-        row = rows.loc[cell.id]
-        kept = "current" if row["fingerprint"] == cell.fingerprint else "stale"
-        assert states[cell.id] == ("missing" if row["status"] == "failed" else kept)
+        else:
+            current = (mine.fingerprint == cell.fingerprint).all()
+            assert states[cell.id] == ("current" if current else "stale")
 
 
 # ---- plans ----
@@ -574,10 +574,10 @@ def test_collect_loses_nothing_and_is_repeatable(project, events):
         have = expected.get((scale, cell.id))
         if have is None or RANK[status] >= RANK[have[0]]:
             expected[scale, cell.id] = status, "" if status == "failed" else str(position / 7)
-        files = contents(table)
+        before = contents(table)
         records.collect("walks", scale)
-        assert files == contents(table)
-    rows = records.read_table(table)
+        assert before == contents(table)
+    rows = files.read_table(table)
     known = {}
     for row in rows:
         status = "older" if row["fingerprint"] == "older" else row["status"]
@@ -592,13 +592,27 @@ def test_columns_and_order(project):
     for cell in cells.plan("walks", "desk"):
         run(cell, 0.1)
     header, *lines = records.collect("walks", "desk").read_text().splitlines()
-    identity = "cell,sweep,scale,dataset,method,seed,status"
+    identity = "cell,sweep,scale,dataset,method,seed,updates,status"
     assert header == identity + ",lr,steps,taps,tuned,metric,seconds,fingerprint"
     order = [["a", "0"], ["a", "1"], ["b", "0"], ["b", "1"]]
-    assert [line.split(",")[4:7] for line in lines] == [[*each, "done"] for each in order]
+    assert [line.split(",")[4:8] for line in lines] == [[*each, "", "done"] for each in order]
     columns = ["cell", "scale", "epoch", "loss", "extra"]
     assert list(records.histories("walks", "desk").columns) == columns
     assert not records.samples("walks", "desk")  # no figure would show them
+
+
+def test_rows_of_a_method_and_seed_stand_by_their_parameters(project):
+    steps, rates = [65536, 1024, 8192], [0.5, 1e-5, 2.0, 0.1]
+    files.write(project / "nbs/sweeps/walks.yaml", f"""
+notebook: walk
+grid: {{lr: {[f"{x:f}" for x in rates]}, steps: {steps}}}
+scales: {{desk: {{}}}}
+""".replace("'", ""))
+    for cell in cells.plan("walks", "desk"):
+        run(cell, 0.1)
+    table = records.collect("walks", "desk")
+    known = [(float(row["lr"]), int(row["steps"])) for row in files.read_table(table)]
+    assert known == [(lr, n) for lr in sorted(rates) for n in sorted(steps)]
 
 
 @pytest.fixture
@@ -628,7 +642,219 @@ def test_the_picture_of_a_cell_no_longer_planned_gives_way(figured):
         table = records.collect("walks", "desk")
         kept = json.loads(table.with_suffix(".json").read_text())["samples"]
         lowest = sorted(cell.id for cell in planned if cell.parameters["seed"] == 0)
-        assert sorted(note["rank"][1] for note in kept.values()) == lowest
+        assert sorted(note["cell"] for note in kept.values()) == lowest
+
+
+# ---- lengths ----
+
+LONG = PARAMETERS + "lengths: list = []"
+BRANCHES = """
+notebook: walk
+metric: metric
+figures: [walks]
+fixed: {lengths: [10, 40]}
+grid: {method: [a, b]}
+seeds: [0, 1]
+scales: {desk: {}, gpu: {fixed: {lengths: [10, 20, 40]}}}
+"""
+
+
+@pytest.fixture
+def long(project):
+    "A sweep whose runs have lengths, and its cells at desk."
+    notebook(project / "nbs/runs/walk.ipynb", LONG, USES_TOY)
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES)
+    return cells.plan("walks", "desk")
+
+
+def by_length(cell, metric, status="done", code=None, reached=None, **options):
+    "A run that was measured at the lengths of its cell, or at those that it reached."
+    lengths = [dict(updates=n, metric=metric + n) for n in reached or cell.lengths]
+    trunk = [dict(step=n, loss=metric) for n in (8, 32)]
+    branches = [dict(step=n, loss=metric, length=n) for n in reached or cell.lengths]
+    rest = dict(history=[*trunk, *branches], samples=True, **options)
+    leave(cell, {}, status, code, lengths=[] if status == "failed" else lengths, **rest)
+
+
+def rows_of(cell):
+    table = files.read_table(records.results_folder(cell.scale) / f"{cell.sweep}.csv")
+    mine = [row for row in table if (row["scale"], row["cell"]) == (cell.scale, cell.id)]
+    return {row["updates"]: (row["status"], row.get("metric", "")) for row in mine}
+
+
+def test_a_row_per_cell_and_length(long):
+    for cell in long:
+        by_length(cell, 0.5)
+    table = records.collect("walks", "desk")
+    assert rows_of(long[0]) == {"10": ("done", "10.5"), "40": ("done", "40.5")}
+    frame = records.results("walks", "desk")
+    assert list(frame.updates) == [10, 40] * 4 and len(frame) == 8
+    assert list(frame.groupby(["method", "seed"]).cell.nunique()) == [1] * 4
+    curves = records.histories("walks", "desk")
+    mine = curves[curves.cell == long[0].id]
+    assert list(mine.step) == [8, 32, 10, 40]
+    assert list(mine.length.fillna(0)) == [0, 0, 10, 40]
+    before = contents(table)
+    records.collect("walks", "desk")
+    assert contents(table) == before
+    notes = json.loads(table.with_suffix(".json").read_text())
+    assert notes["columns"]["metrics"] == ["metric"]
+    assert list(records.in_results(long).values()) == ["current"] * 4
+
+
+def test_a_length_that_the_table_lacks_makes_the_cell_missing(long):
+    for cell in long:
+        by_length(cell, 0.5)
+    table = records.collect("walks", "desk")
+    lines = table.read_text().splitlines()
+    first, second, third = (cell.id for cell in long[:3])
+    gone = [line for line in lines if not (line.startswith(first) and ",40,done," in line)]
+    # one length by older code: the cell is stale
+    (other,) = [line for line in gone if second in line and ",10,done" in line]
+    older = other.replace(long[1].fingerprint, "older")
+    table.write_text("\n".join(gone).replace(other, older) + "\n")
+    states = records.in_results(long)
+    assert [states[name] for name in (first, second, third)] == ["missing", "stale", "current"]
+
+
+def test_other_lengths_are_other_cells_and_lose_no_row(long, project):
+    by_length(long[0], 0.5)
+    records.collect("walks", "desk")
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES.replace("[10, 40]", "[10, 20]"))
+    other = cells.plan("walks", "desk")[0]
+    by_length(other, 0.25)
+    records.collect("walks", "desk")
+    assert rows_of(long[0]) == {"10": ("done", "10.5"), "40": ("done", "40.5")}
+    assert rows_of(other) == {"10": ("done", "10.25"), "20": ("done", "20.25")}
+
+
+ENDS = ["done", "failed", "diverged", "late", "older"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(ENDS)), min_size=1, max_size=7))
+@example([(0, end) for end in ("failed", "older", "failed", "late", "done", "failed", "diverged")])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_collect_loses_no_length(long, project, ends):
+    shutil.rmtree(project / "data", ignore_errors=True)
+    expected = {}
+    for position, (index, end) in enumerate(ends):
+        cell = long[index]
+        whole = {str(n): ("done", str(n + position / 4)) for n in cell.lengths}
+        if end in ("done", "older"):
+            by_length(cell, position / 4, code="older" if end == "older" else None)
+        elif end == "late":
+            by_length(cell, position / 4, "diverged", reached=[10])
+            whole["40"] = "diverged", ""
+        else:
+            leave(cell, {}, end)
+            whole = {key: (end, "") for key in whole}
+        records.collect("walks", "desk")
+        shutil.rmtree(cell.folder.parent)
+        rank = dict(failed=0, older=1).get(end, 2)
+        if rank >= expected.get(cell.id, (-1,))[0]:
+            expected[cell.id] = rank, whole
+    for cell in long[:2]:
+        assert rows_of(cell) == expected.get(cell.id, (0, {}))[1]
+
+
+def test_a_result_takes_the_place_of_a_failure_whose_length_nobody_knew(project):
+    cell = cells.plan("walks", "desk")[0]
+    for status, code, metrics, after in (
+        ("failed", None, {}, {"": ("failed", "")}),
+        ("done", "older", dict(metric=1, updates=7), {"7": ("done", "1")}),
+        ("failed", None, {}, {"7": ("done", "1")}),
+        ("diverged", None, {}, {"": ("diverged", "")}),
+        ("done", None, dict(metric=2, updates=7), {"7": ("done", "2")}),
+    ):
+        leave(cell, metrics, status, code)
+        records.collect("walks", "desk")
+        shutil.rmtree(cell.folder.parent)
+        assert rows_of(cell) == after
+
+
+@pytest.mark.parametrize("metrics, cost, updates", [
+    (dict(updates=780), dict(steps=5), 780),
+    ({}, dict(steps=250), 250),
+    (dict(mse=1), {}, None),
+])
+def test_updates_of_a_run_without_lengths(metrics, cost, updates):
+    record = records.make_record("walk-0", {}, {}, "done", metrics, cost)
+    (entry,) = records.entries(record)
+    assert entry.updates == updates and "updates" not in entry.metrics
+
+
+WRONG_LENGTHS = [
+    ([dict(updates=40), dict(updates=10)], "more than the one before; got [40, 10]"),
+    ([dict(updates=10), dict(updates=10)], "more than the one before; got [10, 10]"),
+    ([dict(updates=10.0)], "a whole number above 0"),
+    ([dict(mse=1)], "got [None]"),
+    ([dict(updates=10, mse=1), dict(updates=40)], "metrics of the same names"),
+    ([dict(updates=10)], "[40] were asked for, and there are metrics of [10]"),
+    ([], "[10, 40] were asked for, and there are metrics of []"),
+]
+
+
+@pytest.mark.parametrize("lengths, why", WRONG_LENGTHS)
+def test_wrong_lengths_are_refused(lengths, why):
+    with pytest.raises(ValueError) as caught:
+        records.make_record("walk-0", dict(lengths=[10, 40]), {}, lengths=lengths)
+    assert why in str(caught.value)
+
+
+def test_metrics_or_lengths_and_no_parameter_of_that_name():
+    both = dict(metrics=dict(mse=1), lengths=[dict(updates=1)])
+    with pytest.raises(ValueError, match="metrics or lengths, got both"):
+        records.make_record("walk-0", {}, {}, **both)
+    with pytest.raises(ValueError, match="'updates': parameters, metrics and cost"):
+        records.make_record("walk-0", dict(updates=3), {})
+
+
+def test_a_history_of_a_length_that_was_not_measured_is_refused(long):
+    with pytest.raises(ValueError, match=r"history: length \[30\] is not in the record"):
+        lengths = [dict(updates=n, metric=0.5) for n in (10, 40)]
+        leave(long[0], {}, lengths=lengths, history=[dict(step=1, length=30)])
+    assert records.state(long[0]) == "missing"
+
+
+def test_the_picture_of_the_longest_run_is_kept(long, project):
+    short = BRANCHES.replace("[10, 40]", "[10]")
+    for text, updates in ((short, "10"), (BRANCHES, "40"), (short, "40")):
+        files.write(project / "nbs/sweeps/walks.yaml", text + "# planned are all\n")
+        for cell in cells.plan("walks", "desk")[::2]:
+            by_length(cell, 0.5)
+        table = records.collect("walks", "desk")
+        notes = json.loads(table.with_suffix(".json").read_text())["samples"]
+        # a picture whose cell is planned no longer gives way, whatever its length
+        now = "10" if text == short else "40"
+        assert [note["updates"] for note in notes.values()] == [now, now]
+
+
+def test_a_forecast_counts_a_run_of_several_lengths_once(long):
+    # .8 of 40 and .2 of 10 and 40 are 42 updates
+    by_length(long[0], 0.5, seconds=84)
+    assert list(study.predicted(long).values()) == pytest.approx([84] * 4)
+    records.collect("walks", "desk")
+    shutil.rmtree(long[0].folder)
+    assert list(study.predicted(long).values()) == pytest.approx([84] * 4)
+    longer = replace(long[1], parameters=long[1].parameters | dict(lengths=[10, 40, 100]))
+    assert study.predicted([long[0], longer])[longer.id] == pytest.approx(220)  # 110 updates
+    whole = replace(long[1], parameters=long[1].parameters | dict(lengths=[]))
+    assert study.predicted([long[0], whole])[whole.id] is None
+
+
+def test_run_and_wrapper_know_lengths(project, monkeypatch):
+    save = "from vqstudy.study import Run\nrun = Run('walk', globals())\n"
+    save += "run.save(lengths=[dict(updates=n, metric=n / 2) for n in lengths[:seed + 1]])"
+    notebook(project / "nbs/runs/walk.ipynb", LONG, save)
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES)
+    short, whole = cells.plan("walks", "desk")[:2]
+    process, line = start(project, *words_for(whole))
+    assert process.wait(60) == 0 and "a · seed 1  metric  5 at 10, 20 at 40  " in line
+    process, line = start(project, *words_for(short))
+    assert process.wait(60) == 1
+    assert "FAILED: ValueError: lengths: [40] were asked for, and there are metrics" in line
 
 
 # ---- which notebook really ran ----
@@ -667,9 +893,9 @@ def kept(record):
 
 def test_the_notebook_itself_is_known(project):
     done, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, steps=9)
-    (name, record), code = *left.items(), code.fingerprint("walk")
+    (name, record), now = *left.items(), code.fingerprint("walk")
     assert name == record["cell"] and record["metrics"] == dict(far=3)
-    assert kept(record) == ("nbs/runs/walk.ipynb", True, code)
+    assert kept(record) == ("nbs/runs/walk.ipynb", True, now)
     whole = (project / "nbs/runs/walk.ipynb").read_bytes()
     assert record["provenance"]["notebook_hash"] == code.digest(whole)
     assert f"the record goes to data/runs/single/{name}" in (project / "out.ipynb").read_text()
@@ -689,13 +915,13 @@ EDITED = {
 def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
     sources, declared = EDITED[edit]
     _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS)
-    (cell, before), code = *left.items(), code.fingerprint("walk")
+    (cell, before), now = *left.items(), code.fingerprint("walk")
     done, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared, api=api)
     assert left.pop(cell) == before, done
     (name, copy), = left.items()
     assert copy["cell"] == cell and name.startswith(f"{cell}.")
     file, verified, fingerprint = kept(copy)
-    assert verified is False and fingerprint != code
+    assert verified is False and fingerprint != now
     if api:
         assert (file, copy["provenance"]["notebook_hash"], fingerprint) == (None, None, None)
     else:
@@ -751,7 +977,7 @@ def test_a_run_outside_the_checkout_says_the_whole_path(
 
 def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
     notebook(project / "nbs/runs/stroll.ipynb", PARAMETERS, *RUNS)
-    records.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
+    files.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
     cell = cells.plan("strolls", "desk")[0]
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
     process, line = start(project, *words_for(cell))
@@ -776,9 +1002,9 @@ def test_the_wrapper_tells_path_and_hash(project):
 def test_code_of_another_checkout_is_refused(project):
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, "from vqstudy import checks")
     ours = (ROOT / "vqstudy/checks.py").read_bytes()
-    records.write(project / "vqstudy/checks.py", ours + b"# x")
+    files.write(project / "vqstudy/checks.py", ours + b"# x")
     study.Run("walk", {})  # other in a comment alone
-    records.write(project / "vqstudy/checks.py", "x = 1")
+    files.write(project / "vqstudy/checks.py", "x = 1")
     with pytest.raises(ValueError, match="imported, and in the checkout .* checks differ: set PY"):
         study.Run("walk", {})
 
@@ -803,7 +1029,7 @@ def test_a_commit_is_known(git):
     known = records.commit()
     assert len(known["commit"]) == 40
     assert (known["dirty"], known["commit_unknown"]) == (False, None)
-    records.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
+    files.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
     assert records.commit()["dirty"] is True
 
 
@@ -898,7 +1124,7 @@ def test_two_holders_of_a_lock(project):
     path = project / "lock"
     code = """import sys
 from pathlib import Path
-from vqstudy.records import locked
+from vqstudy.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()"""
@@ -907,21 +1133,21 @@ with locked(Path(sys.argv[1])):
     holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(TimeoutError, match="another process holds lock"):
-        with records.locked(path, 0.2):
+        with files.locked(path, 0.2):
             pass
     holder.kill()
     holder.wait()
-    with records.locked(path, 5):
+    with files.locked(path, 5):
         pass
 
 
 def test_who_waits_for_a_lock_leaves_its_holders_name(project):
     path = project / "lock"
-    with records.locked(path):
+    with files.locked(path):
         for _ in range(2):
             with pytest.raises(TimeoutError, match=rf"holds lock \(pid {os.getpid()} on "):
-                records.locked(path, 0).__enter__()
-    with records.locked(path, 0):
+                files.locked(path, 0).__enter__()
+    with files.locked(path, 0):
         assert path.read_text().count("pid") == 1
 
 
@@ -943,7 +1169,7 @@ def words_for(cell):
 
 def test_a_cell_that_another_study_runs_is_waited_for(project):
     cell = cells.plan("walks", "desk")[0]
-    with records.locked(cell.work.with_suffix(".lock")):
+    with files.locked(cell.work.with_suffix(".lock")):
         process, line = start(project, *words_for(cell))
         assert "waits for another study that runs it" in line and f"pid {os.getpid()}" in line
         run(cell, 0.5)
@@ -953,7 +1179,7 @@ def test_a_cell_that_another_study_runs_is_waited_for(project):
 
 def test_waiting_ends_with_the_time_budget(project):
     cell = cells.plan("walks", "desk")[0]
-    with records.locked(cell.work.with_suffix(".lock")):
+    with files.locked(cell.work.with_suffix(".lock")):
         soon = str(time.time() + 3)
         process, line = start(project, *words_for(cell), VQSTUDY_DEADLINE=soon)
         shown, _ = process.communicate(timeout=30)
@@ -990,7 +1216,7 @@ def test_a_home_that_takes_caches_has_them(project, tmp_path, monkeypatch):
 
 def test_a_figure_that_another_study_draws_is_waited_for(project):
     notebook(project / "nbs/figs/walks.ipynb", "scale: str = 'smoke'")
-    with records.locked(project / "data/runs/desk/figs/.walks.lock"):
+    with files.locked(project / "data/runs/desk/figs/.walks.lock"):
         process, line = start(project, "draw", "--scale", "desk", "walks")
         assert "walks  waits for another study" in line
     shown, _ = process.communicate(timeout=60)
@@ -1015,7 +1241,7 @@ def test_options_of_make_are_numbers(name, given, worse):
 
 
 def broken_notebook(project, content):
-    records.write(project / "nbs/runs/walk.ipynb", content)
+    files.write(project / "nbs/runs/walk.ipynb", content)
 
 
 def damaged_notes(project, content):
@@ -1025,7 +1251,7 @@ def damaged_notes(project, content):
 
 
 def figures_of_walks(project, content):
-    records.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
+    files.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
 
 
 MISTAKES = [
@@ -1124,7 +1350,7 @@ def test_sets_that_are_missing_are_named(tmp_path, monkeypatch, given, wanted, o
             (place / name).mkdir(parents=True)
     if given == "others":
         for name in others:
-            records.write(place / name / "a.parquet", "")
+            files.write(place / name / "a.parquet", "")
     said = study.lacking(wanting(*wanted))
     if others and given != "others":
         assert "need" in said
@@ -1140,7 +1366,7 @@ HERE += [("celeba", "celeba10k"), ("celeba10k", "celeba10k"), ("street", "street
 @pytest.mark.parametrize("name, folder", HERE)
 def test_sets_that_are_here_are_found(tmp_path, monkeypatch, name, folder):
     monkeypatch.setenv("VQSTUDY_DATA", str(tmp_path))
-    records.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
+    files.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
     assert study.lacking(wanting(name, "photos", None)) == ""
 
 
@@ -1213,6 +1439,36 @@ def test_choice_takes_the_least_mean_over_seeds_and_nothing_that_diverged(projec
     a_and_b, c = tuning.declared(chosen).splitlines()
     assert a_and_b == '- {"method": ["a", "b"], "steps": [2]}'
     assert c == '- {"method": ["c"], "lr": [2.0]}'
+
+
+SEARCH = "notebook: walk\nmetric: metric\nfixed: {lengths: [10, 40]}\n"
+SEARCH += "grid: [{method: [a], steps: [1, 2]}, {method: [b], lr: [1.0, 2.0]}]\nscales: {desk: {}}"
+
+
+def searched(project, values, statuses=("done",) * 4, reached=None):
+    "A search measured at two lengths: by trial, the metric at each."
+    notebook(project / "nbs/runs/walk.ipynb", LONG, USES_TOY)
+    files.write(project / "nbs/sweeps/search.yaml", SEARCH)
+    for cell, pair, status in zip(cells.plan("search", "desk"), values, statuses):
+        pairs = list(zip(cell.lengths, pair))[: reached if status == "diverged" else None]
+        leave(cell, {}, status, lengths=[dict(updates=n, metric=x) for n, x in pairs])
+    records.collect("search", "desk")
+
+
+def test_choice_is_at_one_length(project):
+    searched(project, [(1, 9), (2, 8), (1, 8), (2, 9)])
+    longest = dict(a=dict(steps=2), b=dict(lr=1.0))
+    assert tuning.choice("search", "desk") == tuning.choice("search", "desk", 40) == longest
+    assert tuning.choice("search", "desk", 10) == dict(a=dict(steps=1), b=dict(lr=1.0))
+    with pytest.raises(ValueError, match="has no row at 20 updates; it has: 10, 40"):
+        tuning.choice("search", "desk", 20)
+
+
+def test_a_trial_that_diverged_late_is_worst_at_the_length_that_it_did_not_reach(project):
+    statuses = ("diverged", "done", "done", "done")
+    searched(project, [(1, 0), (2, 8), (1, 8), (2, 9)], statuses, reached=1)
+    assert tuning.choice("search", "desk")["a"] == dict(steps=2)
+    assert tuning.choice("search", "desk", 10)["a"] == dict(steps=1)
 
 
 def test_choice_refuses_what_is_not_whole_or_not_equal(project):

@@ -157,6 +157,11 @@ class Cell:
         return self.folder.parent / ".work" / self.id
 
     @property
+    def lengths(self) -> list[int]:
+        "The numbers of updates at which it is measured; none where its notebook has no lengths."
+        return sorted(self.parameters.get("lengths") or [])
+
+    @property
     def label(self) -> str:
         "What a reader calls it: method, data set, seed."
         words = []

@@ -161,8 +161,8 @@ def code_digest(source: str) -> str:
 
 # %% ../nbs/lib/09b_code.ipynb #d23d70bf
 # modules that move results and make none
-BOOKKEEPING = {"cells", "code", "confirm", "forecast", "processes", "provenance", "records"}
-BOOKKEEPING |= {"study", "tuning", "weights", "worktree"}
+BOOKKEEPING = {"cells", "code", "confirm", "files", "forecast", "processes", "provenance"}
+BOOKKEEPING |= {"records", "study", "tuning", "weights", "worktree"}
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, TextIO
 from .cells import Cell
 from .code import root
-from .records import locked
+from .files import locked
 
 if TYPE_CHECKING:
     import psutil

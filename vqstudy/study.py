@@ -18,12 +18,12 @@ import vqstudy
 from .cells import SCALES, Cell, cell_id, check, parameters, plan, sweep, sweeps
 from .checks import one_of
 from .code import digest, fingerprint, foreign_modules, notebook_path, root
+from .files import locked, read_table, write
 from .processes import Guard, adopt, end_children, engine, gpu, gpus, redirected, slots
 from .processes import keep_caches, wants_gpu
-from .records import NotebookSource, collect, commit, found, in_results, locked, make_record
-from .records import memory, now, rename_cells
-from .records import provenance, read_record, read_table, results_folder, save_record
-from .records import state, write
+from .records import NotebookSource, collect, commit, entries, found, in_results, make_record
+from .records import memory, now, provenance, read_record, rename_cells, results_folder
+from .records import save_record, state
 from .tuning import choice, declared
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
@@ -109,17 +109,19 @@ class Run:
 
     def save(
         self,
-        metrics: dict[str, Any],
+        metrics: dict[str, Any] = {},
         history: list[dict[str, Any]] = [],
         cost: dict[str, Any] = {},
-        samples: Any = None,  # (2, m, 3, h, w) of uint8
+        samples: Any = None,                  # (2, m, 3, h, w) of uint8
         status: str = "done",
+        lengths: list[dict[str, Any]] = [],   # instead of metrics: these and `updates`, by length
     ) -> dict[str, Any]:
         "Write the record into `out` and return it. Raises as `make_record` does."
         spent = {"seconds": round(time.monotonic() - self._start, 3)} | memory() | cost
         past = provenance(self.notebook, self.started) | self._place.source.provenance()
         past["fingerprint"] = self._place.code()
-        record = make_record(self.cell, self.parameters, past, status, metrics, spent)
+        given = dict(metrics=metrics, cost=spent, lengths=lengths)
+        record = make_record(self.cell, self.parameters, past, status, **given)
         if self._place.folder() != self.out:
             self.out = self._place.folder()
             edited = f"the cells that ran are not those of {self.notebook}"
@@ -204,6 +206,21 @@ def _tell_failure(name: str, error: tuple[str, str], work: Path) -> None:
     print(f"{name}  FAILED: {': '.join(error)}\n{places}", flush=True)
 
 # %% ../nbs/lib/11_study.ipynb #4e8697d3
+def _told(cell: Cell, record: dict[str, Any]) -> list[str]:
+    "What is printed of a record: the sweep's metric, by length."
+    found = entries(record)
+    values = {entry.updates: entry.metrics.get(cell.metric) for entry in found}
+    if any(value is not None for value in values.values()):
+        shown = {at: "none" if value is None else f"{value:.4g}" for at, value in values.items()}
+        if len(shown) == 1:
+            return [f"{cell.metric} {text}" for text in shown.values()]
+        return [cell.metric, ", ".join(f"{text} at {at}" for at, text in shown.items())]
+    if cell.metric and record["status"] == "done":
+        known = ", ".join(name for name, x in found[-1].metrics.items() if x is not None)
+        return [f"no value of {cell.metric!r} (the sweep's metric); there are: {known}"]
+    return []
+
+
 def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: float) -> int:
     "Make a record, a failure or a pause of what the notebook left; the exit code."
     name = _name(cell)
@@ -223,13 +240,7 @@ def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: fl
         _tell_failure(name, error, cell.work)
         return 1
     publish(cell)
-    words = [name]
-    value = record["metrics"].get(cell.metric)
-    if value is not None:
-        words.append(f"{cell.metric} {value:.4g}")
-    elif cell.metric and record["status"] == "done":
-        known = ", ".join(name for name, x in record["metrics"].items() if x is not None)
-        words.append(f"no value of {cell.metric!r} (the sweep's metric); there are: {known}")
+    words = [name, *_told(cell, record)]
     if record["status"] == "done":
         shutil.rmtree(cell.work)  # of a run that diverged the checkpoint is kept
     else:
@@ -498,11 +509,18 @@ def todo(
     return cells, tables, list(dict.fromkeys(figures))
 
 # %% ../nbs/lib/11_study.ipynb #a4ba2f63
+def _work(cell: Cell) -> float:
+    "The updates that a cell trains for, in units that cells of its sweep share."
+    lengths = cell.lengths
+    return 0.8 * lengths[-1] + 0.2 * sum(lengths) if lengths else 1.0
+
+
 def _finished(cells: list[Cell]) -> Iterator[tuple[Cell, float]]:
     "The cells of a sweep that were done, each with the seconds it took, here or in the results."
     scale = cells[0].scale
     table = read_table(results_folder(scale) / f"{cells[0].sweep}.csv")
     done = [row for row in table if (row["scale"], row["status"]) == (scale, "done")]
+    # of several rows of a run each has the seconds of all
     seconds = {row["cell"]: row.get("seconds") for row in done}
     for cell in cells:
         record = found(cell)
@@ -518,15 +536,18 @@ def predicted(cells: list[Cell]) -> dict[str, float | None]:
     "Seconds that cells will take by cell id; None where nothing is known. cells: a whole sweep."
     if not cells:
         return {}
-    by_method: dict[str, list[float]] = {}
+    groups: dict[tuple, list[float]] = {}
     for cell, seconds in _finished(cells):
-        by_method.setdefault(cell.parameters.get("method", ""), []).append(seconds)
-    # a method without a record takes as long as the others did
-    everything = [seconds for group in by_method.values() for seconds in group]
-    if not everything:
-        return {cell.id: None for cell in cells}
-    groups = {cell.id: by_method.get(cell.parameters.get("method", "")) for cell in cells}
-    return {name: fmean(group or everything) for name, group in groups.items()}
+        # seconds an update are not those of a run whose length is not known
+        for method in (cell.parameters.get("method", ""), None):
+            groups.setdefault((method, bool(cell.lengths)), []).append(seconds / _work(cell))
+    known = {}
+    for cell in cells:
+        method, kind = cell.parameters.get("method", ""), bool(cell.lengths)
+        # a method without a record takes as long as the others did
+        rates = groups.get((method, kind)) or groups.get((None, kind))
+        known[cell.id] = fmean(rates) * _work(cell) if rates else None
+    return known
 
 # %% ../nbs/lib/11_study.ipynb #6fab9ef3
 def _machine_time(cells: list[Cell], known: dict[str, float | None]) -> str:
