@@ -74,16 +74,18 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)python .ci/readme.py
 
 # ---- the study ----
-# SCALE=smoke|desk|gpu|paper, SWEEP="names" (none: all of the scale), BUDGET=seconds, MISSING=1 (only what data/results lacks), ARGS for Snakemake
+# SCALE=smoke|desk|gpu|paper, SWEEP="names" (none: all of the scale), BUDGET=seconds, MISSING=1 (only what data/results lacks), ARGS for Snakemake,
+# DIRTY=1 (desk and above: also from changes that are in no commit)
 SCALE ?= smoke
 SWEEP ?=
 BUDGET ?=
 MISSING ?=
+DIRTY ?=
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 ARGS ?=
 ENGINE = $(BIN)python -m snakemake --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$$(($(GPUS) * $${VQSTUDY_GPU_SLOTS:-1}))) --keep-going --nolock --drop-metadata \
-  --quiet rules host reason --config scale=$(SCALE) sweep="$(SWEEP)" budget=$(BUDGET) missing=$(MISSING)
+  --quiet rules host reason --config scale=$(SCALE) sweep="$(SWEEP)" budget=$(BUDGET) missing=$(MISSING) dirty=$(DIRTY)
 
 .PHONY: study resume dry-run bench figures
 study: $(READY)  ## run what is missing or stale, collect, draw: make study SCALE=desk SWEEP=huh_tab03 BUDGET=600

@@ -20,6 +20,7 @@ FLAGS = "data/runs/.engine"
 try:
     MISSING = study.option("MISSING", config.get("missing")) != 0
     BUDGET = study.option("BUDGET", config.get("budget"))
+    DIRTY = study.option("DIRTY", config.get("dirty")) != 0
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
 except study.REFUSALS as error:
@@ -91,9 +92,10 @@ rule table:
     input: sweep_cells
     output: touch("{call}/table/{sweep}")
     localrule: True
+    params: dirty="--dirty" if DIRTY else ""
     shell:
         "{PYTHON:q} -m vqstudy.study collect --scale {SCALE:q}"
-        " --sweep {wildcards.sweep:q} > /dev/null"
+        " --sweep {wildcards.sweep:q} {params.dirty} > /dev/null"
 
 
 rule figure:
@@ -114,6 +116,12 @@ onstart:
         sys.exit(f"refused, nothing was run: {lacks}")
     if reason := study.commit()["commit_unknown"]:
         print(f"the records will name no commit: {reason}", file=sys.stderr, flush=True)
+    if SCALE != "smoke" and CELLS:
+        try:
+            # or it would be refused when all of them have run
+            study.require_clean("refused, nothing was run", DIRTY)
+        except ValueError as error:
+            sys.exit(str(error))
     if workflow.local_exec and any(map(study.wants_gpu, CELLS)) and not study.gpus():
         reason = f"the cells want a GPU (scale {SCALE}) and there is none"
         sys.exit(f"refused, nothing was run: {reason}")
@@ -132,5 +140,8 @@ onsuccess:
 # failed cells keep no other from the tables
 onerror:
     for name in SWEEPS:
-        study.collect(name, SCALE)
+        try:
+            study.collect(name, SCALE, DIRTY)
+        except study.REFUSALS as error:
+            print(error, flush=True)
     leave()

@@ -345,6 +345,47 @@ def test_time_budget(tmp_path):
     assert sorted(row["resumed"] for row in project.rows()) == ["False", "False", "True"]
 
 
+# ---- evidence is from a commit ----
+
+
+class CommittedProject(Project):
+    "A project whose first commit holds everything."
+
+    def __init__(self, folder, **sweeps):
+        super().__init__(folder, **sweeps)
+        who = dict(NAME="a", EMAIL="a@b.c")
+        roles = ("AUTHOR", "COMMITTER")
+        self.env |= {f"GIT_{role}_{key}": value for role in roles for key, value in who.items()}
+        (folder / ".gitignore").write_text("__pycache__/\n.snakemake/\n/data/*\n!/data/results/\n")
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+            self.git(*words)
+
+    def git(self, *words):
+        command = ["git", *words]
+        where = dict(cwd=self.folder, env=self.env, capture_output=True, text=True)
+        done = subprocess.run(command, **where)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def desk(self, name="walks"):
+        with open(self.folder / f"data/results/{name}.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def test_desk_is_run_from_a_commit(tmp_path):
+    walks = "{notebook: walk, metric: distance, seeds: [0, 1], scales: {desk: {}}}"
+    project = CommittedProject(tmp_path, walks=walks)
+    (tmp_path / "vqstudy/new.py").write_text("")
+    code, shown = project.make("study", "SCALE=desk")
+    refused = "refused, nothing was run: the tree has changes that are in no commit: vqstudy/new.py"
+    assert code != 0 and refused in shown and "Traceback" not in shown, shown
+    assert not (tmp_path / "data/runs/desk").exists()
+    code, shown = project.make("study", "SCALE=desk", "DIRTY=1")
+    assert code == 0 and [row["status"] for row in project.desk()] == ["done", "done"], shown
+    notes = json.loads((tmp_path / "data/results/walks.json").read_text())["cells"]["desk"]
+    assert {(note["dirty"], note["collected_dirty"]) for note in notes.values()} == {(True, True)}
+
+
 # ---- which Python ----
 
 

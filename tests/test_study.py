@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, code, files, processes, records, study, tuning
+from vqstudy import cells, code, files, processes, provenance, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -529,10 +529,11 @@ def test_keys_of_a_record_and_of_its_row(project):
     run(cell, 0.5)
     record = json.loads((cell.folder / "record.json").read_text())
     assert list(record) == ["cell", "cost", "metrics", "parameters", "provenance", "status"]
-    past = records.provenance("walk", records.now())
-    code = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
-    code += ["commit", "dirty", "commit_unknown", "versions"]
-    assert list(past) == [*code, "device", "threads", "sweep", "scale", "started", "finished"]
+    past = provenance.provenance("walk", provenance.now())
+    keys = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
+    keys += ["commit", "dirty", "commit_unknown", "versions"]
+    place = ["device", "threads", "dataset_hash", "sweep", "scale", "started", "finished"]
+    assert list(past) == [*keys, *place]
 
 
 def test_values_that_are_not_finite(project):
@@ -583,8 +584,8 @@ def test_collect_loses_nothing_and_is_repeatable(project, events):
         status = "older" if row["fingerprint"] == "older" else row["status"]
         known[row["scale"], row["cell"]] = status, row.get("metric", "")
     assert known == expected
-    provenance = json.loads(table.with_suffix(".json").read_text())["cells"]
-    assert {(scale, cell) for scale in provenance for cell in provenance[scale]} == set(expected)
+    notes = json.loads(table.with_suffix(".json").read_text())["cells"]
+    assert {(scale, cell) for scale in notes for cell in notes[scale]} == set(expected)
     assert rows[0].keys() >= {*records.IDENTITY, "lr", "steps", "fingerprint"}
 
 
@@ -1019,18 +1020,152 @@ def git(project, monkeypatch):
     for role in ("AUTHOR", "COMMITTER"):
         for key, value in who.items():
             monkeypatch.setenv(f"GIT_{role}_{key}", value)
-    records._warn_of_commit.cache_clear()
+    provenance._warn_of_commit.cache_clear()
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run(["git", "-C", str(project), *words], check=True)
     return project
 
 
 def test_a_commit_is_known(git):
-    known = records.commit()
+    known = provenance.commit()
     assert len(known["commit"]) == 40
     assert (known["dirty"], known["commit_unknown"]) == (False, None)
     files.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
-    assert records.commit()["dirty"] is True
+    assert provenance.commit()["dirty"] is True
+
+
+def in_git(project, *words):
+    command = ["git", "-C", str(project), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+CHANGES = {
+    "a module": ("vqstudy/toy.py", "def walk(): return 1", True),
+    "a new module": ("vqstudy/new.py", "", True),
+    "a new notebook": ("nbs/runs/stroll.ipynb", "{}", True),
+    "a new sweep in a new folder": ("nbs/more/walks.yaml", "", True),
+    "settings": ("settings.ini", "[DEFAULT]\nlib_name = vqstudy\nx = 1\n", True),
+    "results": ("data/results/walks.csv", "cell", False),
+    "a figure": ("figures/walks.svg", "<svg/>", False),
+    "the README": ("README.md", "# Walks", False),
+    "a new file elsewhere": ("notes.txt", "", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_makes_a_tree_dirty(git, change):
+    name, content, dirty = CHANGES[change]
+    for known in ("README.md", "data/results/walks.csv", "figures/walks.svg"):
+        files.write(git / known, "before")
+    in_git(git, "add", ".")
+    in_git(git, "commit", "-qm", "two")
+    files.write(git / name, content)
+    assert provenance.commit()["dirty"] is dirty
+    assert provenance.uncommitted() == ([name] * dirty, "")
+
+
+def test_a_notebook_that_was_only_run_is_clean(git):
+    path = git / "nbs/runs/walk.ipynb"
+    shown = [nbformat.v4.new_output("stream", text="ran")]
+    book = json.loads(path.read_text())
+    book["cells"][1] |= dict(outputs=shown, execution_count=3)
+    path.write_text(json.dumps(book))
+    assert provenance.commit()["dirty"] is False
+    book["cells"][1]["source"] = "from vqstudy.toy import walk  # on"
+    path.write_text(json.dumps(book))
+    assert provenance.commit()["dirty"] is True
+    path.unlink()
+    assert provenance.uncommitted() == (["nbs/runs/walk.ipynb"], "")
+
+
+def from_git(cell, **past):
+    "A record that says from which commit it is."
+    run(cell, 0.5)
+    path = cell.folder / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"] |= provenance.commit() | past
+    path.write_text(json.dumps(record))
+
+
+def notes_of(cell):
+    path = records.results_folder(cell.scale) / f"{cell.sweep}.json"
+    return json.loads(path.read_text())["cells"][cell.scale][cell.id]
+
+
+def test_nothing_is_collected_from_a_dirty_tree(git, capsys):
+    first, second = cells.plan("walks", "desk")[:2]
+    from_git(first)
+    words = ["collect", "--scale", "desk", "--sweep", "walks"]
+    assert study.main(words) == 0
+    before = contents(git / "data/results/walks.csv")
+    # results alone leave the tree clean
+    from_git(second)
+    files.write(git / "vqstudy/new.py", "")
+    assert study.main(words) == 2
+    said = capsys.readouterr().err
+    assert "walks is not collected: the tree has changes that are in no commit: vqstudy/new" in said
+    assert contents(git / "data/results/walks.csv") == before
+    assert study.main([*words, "--dirty"]) == 0
+    assert notes_of(second)["collected_dirty"] is True and "collected_dirty" not in notes_of(first)
+    # what is in the table is not asked for again, nor does its note change
+    before = contents(git / "data/results/walks.csv")
+    assert study.main(words) == 0
+    (git / "vqstudy/new.py").unlink()
+    assert study.main(words) == 0 and contents(git / "data/results/walks.csv") == before
+
+
+def test_a_record_of_a_dirty_tree_is_not_collected(git):
+    first, second = cells.plan("walks", "desk")[:2]
+    from_git(first, dirty=True)
+    with pytest.raises(ValueError, match=f"not collected: {first.id} made while the tree had"):
+        records.collect("walks", "desk")
+    records.collect("walks", "desk", dirty=True)
+    assert notes_of(first)["dirty"] is True
+    assert records.in_results([first]) == {first.id: "current"}
+    records.collect("walks", "desk")
+    smoke = cells.plan("walks", "smoke")[0]
+    from_git(smoke, dirty=True)
+    records.collect("walks", "smoke")
+
+
+def test_evidence_is_from_the_commit_at_which_it_was_found(git):
+    notebook(git / "nbs/figs/spiral.ipynb", "1")
+    for words in (["add", "."], ["commit", "-qm", "figure"]):
+        in_git(git, *words)
+    head = in_git(git, "rev-parse", "HEAD").strip()
+
+    def past(value):
+        return json.loads(records.evidence("spiral", dict(far=value)).read_text())["provenance"]
+
+    first = past(1.5)
+    assert (first["commit"], first["dirty"]) == (head, False)
+    assert first["device"] == provenance.device() and first["versions"]["python"]
+    in_git(git, "commit", "-qm", "more", "--allow-empty")
+    assert past(1.5) == first
+    assert past(2.5)["commit"] != head
+    # found in a dirty tree, and found again from a commit
+    files.write(git / "vqstudy/new.py", "")
+    assert past(3.5)["dirty"] is True and past(3.5)["dirty"] is True
+    (git / "vqstudy/new.py").unlink()
+    assert past(3.5)["dirty"] is False
+
+
+def test_a_data_set_is_known_by_its_files(project, monkeypatch):
+    monkeypatch.setenv("VQSTUDY_DATA", str(project))
+    files.write(project / "celeba10k/train.parquet", "faces")
+    first = provenance.dataset_hash("celeba")
+    assert len(first) == 16
+    assert provenance.provenance("walk", "now", "celeba")["dataset_hash"] == first
+    monkeypatch.setattr(provenance, "_file_hash", None)  # read once
+    assert provenance.dataset_hash("celeba") == first
+    monkeypatch.undo()
+    monkeypatch.setenv("VQSTUDY_ROOT", str(project))
+    monkeypatch.setenv("VQSTUDY_DATA", str(project))
+    path = project / "celeba10k/train.parquet"
+    path.write_text("FACES")
+    os.utime(path, (0, 0))
+    assert provenance.dataset_hash("celeba") != first
+    assert provenance.dataset_hash("photos") is None is provenance.dataset_hash("")
 
 
 def nothing_known(reason):
@@ -1039,28 +1174,29 @@ def nothing_known(reason):
 
 def test_no_git_is_warned_of_once_and_recorded(git, monkeypatch, recwarn):
     monkeypatch.setenv("PATH", str(git))
-    assert records.commit() == records.commit() == nothing_known("git is not installed")
+    assert provenance.commit() == provenance.commit() == nothing_known("git is not installed")
     warned = "the records will name no commit: git is not installed"
     assert [str(warning.message) for warning in recwarn] == [warned]
-    assert records.provenance("walk", records.now())["commit_unknown"] == "git is not installed"
+    past = provenance.provenance("walk", provenance.now())
+    assert past["commit_unknown"] == "git is not installed"
 
 
 def test_a_commit_that_git_refuses_to_tell_is_warned_of(git, monkeypatch, recwarn):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     reason = "fatal: detected dubious ownership in repository"
-    assert records.commit() == records.commit() == nothing_known(reason)
+    assert provenance.commit() == provenance.commit() == nothing_known(reason)
     assert len(recwarn) == 1 and "dubious ownership" in str(recwarn[0].message)
 
 
 def test_a_repository_without_a_commit_is_warned_of(project, recwarn):
-    records._warn_of_commit.cache_clear()
+    provenance._warn_of_commit.cache_clear()
     subprocess.run(["git", "-C", str(project), "init", "-q"], check=True)
-    known = records.commit()
+    known = provenance.commit()
     assert known["commit"] is None and "HEAD" in known["commit_unknown"] and len(recwarn) == 1
 
 
 def test_no_repository_is_recorded_and_not_warned_of(project, recwarn):
-    assert records.commit() == nothing_known("fatal: not a git repository")
+    assert provenance.commit() == nothing_known("fatal: not a git repository")
     assert not recwarn.list
 
 
@@ -1069,7 +1205,7 @@ def test_the_commit_of_a_repository_around_the_checkout_is_not_ours(git, monkeyp
     inner.mkdir()
     shutil.copy(git / "settings.ini", inner)
     monkeypatch.setenv("VQSTUDY_ROOT", str(inner))
-    assert records.commit() == nothing_known("the checkout lies in another git repository")
+    assert provenance.commit() == nothing_known("the checkout lies in another git repository")
     assert not recwarn.list
 
 
