@@ -87,7 +87,7 @@ ARGS ?=
 ENGINE = $(BIN)python -m snakemake --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$$(($(GPUS) * $${VQSTUDY_GPU_SLOTS:-1}))) --keep-going --nolock --drop-metadata \
   --quiet rules host reason --config scale=$(SCALE) sweep="$(SWEEP)" budget=$(BUDGET) missing=$(MISSING) dirty=$(DIRTY)
 
-.PHONY: study resume dry-run bench figures
+.PHONY: study resume dry-run confirm bench figures
 study: $(READY)  ## run what is missing or stale, collect, draw: make study SCALE=desk SWEEP=huh_tab03 BUDGET=600
 	$(ENGINE) $(ARGS)
 
@@ -95,6 +95,9 @@ resume: study  ## go on after a failure, a kill or a time budget (the same as st
 
 dry-run: $(READY)  ## list the cells: what is here, what is in the results, what would run
 	$(BIN)python -m vqstudy.study plan --scale $(SCALE) --sweep "$(SWEEP)" $(if $(MISSING),--missing)
+
+confirm: $(READY)  ## after a change of the code: run a few cells again, whose rows are current if nothing changed: make confirm SWEEP=huh_tab03
+	$(BIN)python -m vqstudy.study confirm --scale $(if $(filter smoke,$(SCALE)),desk,$(SCALE)) --sweep "$(SWEEP)" $(if $(DIRTY),--dirty)
 
 bench: $(READY)  ## measure speed and memory against peers, collect, draw; one cell at a time, on a quiet machine (SCALE=gpu: on a GPU)
 	$(MAKE) study SCALE=$(if $(filter gpu,$(SCALE)),gpu,desk) SWEEP="bench_search bench_step bench_router bench_overhead" CORES=2

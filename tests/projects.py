@@ -38,9 +38,10 @@ def leave(
     history: list[dict] = [],
     samples: bool = False,
     lengths: list[dict] = [],         # instead of metrics
+    **provenance: Any,
 ) -> None:
     "A record, or the note of a failure, as a run leaves it."
-    past = dict(fingerprint=code or cell.fingerprint)
+    past = dict(fingerprint=code or cell.fingerprint) | provenance
     cost = dict(seconds=seconds)
     if status == "failed":
         error = "ValueError: no"

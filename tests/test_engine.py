@@ -386,6 +386,43 @@ def test_desk_is_run_from_a_commit(tmp_path):
     assert {(note["dirty"], note["collected_dirty"]) for note in notes.values()} == {(True, True)}
 
 
+def test_a_neutral_change_is_confirmed_and_a_real_one_is_not(tmp_path):
+    grid = "grid: {method: [quick, slow]}, seeds: [0, 1], scales: {desk: {}}"
+    project = CommittedProject(tmp_path, walks=f"{{notebook: walk, metric: distance, {grid}}}")
+    code, shown = project.make("study", "SCALE=desk")
+    assert code == 0 and len(project.desk()) == 4, shown
+    old, head = project.desk()[0]["fingerprint"], project.git("rev-parse", "HEAD")
+    toy, records = tmp_path / "vqstudy/toy.py", tmp_path / "data/runs/desk"
+    shutil.rmtree(records)
+
+    toy.write_text(TOY.replace("seed + .5", ".5 + seed"))
+    code, shown = project.make("confirm", "SWEEP=walks")
+    assert code != 0 and "the tree has changes that are in no commit: vqstudy/toy.py" in shown
+    assert not records.exists()
+    project.git("commit", "-qam", "neutral")
+    code, shown = project.make("confirm", "SWEEP=walks")
+    new = {row["fingerprint"] for row in project.desk()}
+    assert code == 0 and len(new) == 1 and old not in new, shown
+    assert shown.count("the same; 2 rows take the fingerprint") == 2
+    ran = [json.loads(path.read_text()) for path in records.glob("*/record.json")]
+    assert sorted(record["parameters"]["seed"] for record in ran) == [0, 0]
+    notes = json.loads((tmp_path / "data/results/walks.json").read_text())["cells"]["desk"]
+    for note in notes.values():
+        assert note["commit"] == head and note["confirmed"]["was"] == old
+        assert note["confirmed"]["commit"] == project.git("rev-parse", "HEAD")
+        assert note["confirmed"]["by"] in {record["cell"] for record in ran}
+    code, shown = project.make("dry-run", "SCALE=desk", "MISSING=1")
+    assert "0 of 4 cells would run" in shown
+
+    toy.write_text(TOY.replace("seed + .5", "seed + (.5 if method == 'quick' else .75)"))
+    project.git("commit", "-qam", "real")
+    code, shown = project.make("confirm", "SWEEP=walks")
+    assert code != 0 and "slow · seed 0: not the same; 2 rows stay stale\n" in shown, shown
+    assert "  metric distance: 0.75, was 0.5\n" in shown and "quick · seed 0: the same" in shown
+    known = {row["method"]: row["fingerprint"] for row in project.desk()}
+    assert {known["slow"]} == new and {known["quick"]} != new
+
+
 # ---- which Python ----
 
 

@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'COMMANDS', 'REFUSALS', 'Run', 'execute', 'publish', 'lacking', 'out_of_time', 'in_turn', 'run_cell',
-           'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'todo', 'predicted',
-           'forecast', 'overview', 'report', 'main']
+           'confirm', 'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'todo', 'overview',
+           'report', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #92f33563
-import argparse, json, os, shutil, sys, time
+import argparse, json, os, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Iterator
+from typing import Any
 import vqstudy
 from .cells import SCALES, Cell, cell_id, check, parameters, plan, sweep, sweeps
 from .checks import one_of
 from .code import digest, fingerprint, foreign_modules, notebook_path, root
-from .files import locked, read_table, write
-from .processes import Guard, adopt, end_children, engine, gpu, gpus, redirected, slots
-from .processes import keep_caches, wants_gpu
+from .confirm import elsewhere, representatives, settle, shortened, told
+from .files import locked, write
+from .forecast import forecast, predicted
+from .processes import Guard, adopt, end_children, engine, gpu, gpus, keep_caches
+from .processes import redirected, wants_gpu
 from .provenance import SET_FOLDERS, NotebookSource, commit, memory, now, provenance
 from .provenance import require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
-from .records import rename_cells, results_folder, save_record, state
+from .records import rename_cells, results_folder, save_record, state, unplanned
 from .tuning import choice, declared
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
@@ -330,17 +331,18 @@ def _prepare(cell: Cell) -> None:
             os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
 # %% ../nbs/lib/11_study.ipynb #dc488912
-def run_cell(name: str, scale: str, cell: str) -> int:
+def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
     """Run one cell of a sweep and leave its record, whole, or what tells why there is none.
 
-    Returns the exit code. Raises ValueError, FileNotFoundError without the cell's data set.
+    short: at the shortest of its lengths. Returns the exit code.
+    Raises ValueError, FileNotFoundError without the cell's data set.
     """
     known = {planned.id: planned for planned in plan(name, scale)}
     if cell not in known:
         where = f"{name}.yaml at scale {scale}"
         raise ValueError(f"cell {cell!r} is not in {where}; was a parameter changed?")
     started, begin = now(), time.monotonic()
-    this = known[cell]
+    this = shortened(known[cell]) if short else known[cell]
     with ExitStack() as stack:
         if out_of_time() or not in_turn(stack, this.work.with_suffix(".lock"), _name(this)):
             return OUT_OF_TIME
@@ -355,6 +357,36 @@ def run_cell(name: str, scale: str, cell: str) -> int:
         with gpu() if takes else nullcontext():
             error = execute(notebook_path(this.notebook), this.work, given)
         return _finish(this, error, started, time.monotonic() - begin)
+
+# %% ../nbs/lib/11_study.ipynb #c9748086
+def _run_short(cell: Cell) -> None:
+    "Run a cell again, at its shortest length, in a process that ends with this one."
+    words = ["cell", "--short", "--scale", cell.scale, "--sweep", cell.sweep, "--cell", cell.id]
+    watched = dict(os.environ, VQSTUDY_ENGINE=str(os.getpid()))
+    subprocess.run([sys.executable, "-m", "vqstudy.study", *words], env=watched)
+
+
+def confirm(name: str, scale: str, dirty: bool = False) -> int:
+    """Run a sweep's representatives again; the number of methods that are not confirmed.
+
+    Raises ValueError for a dirty tree, at all scales but smoke, unless that is allowed.
+    """
+    if scale != "smoke":
+        require_clean(f"{name} is not confirmed", dirty)
+    stale = representatives(name, scale)
+    if not stale:
+        print(f"{name}: no row of older code", flush=True)
+        return 0
+    lines = elsewhere(name, stale)
+    if lines:
+        print(*lines, f"{name}: run them again there, or anew here", sep="\n", flush=True)
+        return len(stale)
+    threads = max(cell.parameters.get("threads", 1) for cell in stale)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
+        list(pool.map(_run_short, stale))
+    verdicts = settle(name, stale, dirty)
+    print(*map(told, verdicts), sep="\n", flush=True)
+    return sum(bool(verdict.differ) for verdict in verdicts)
 
 # %% ../nbs/lib/11_study.ipynb #e0f5cf75
 def _figure_path(stem: str) -> Path:
@@ -505,85 +537,6 @@ def todo(
                 figures.append(stem)
     return cells, tables, list(dict.fromkeys(figures))
 
-# %% ../nbs/lib/11_study.ipynb #a4ba2f63
-def _work(cell: Cell) -> float:
-    "The updates that a cell trains for, in units that cells of its sweep share."
-    lengths = cell.lengths
-    return 0.8 * lengths[-1] + 0.2 * sum(lengths) if lengths else 1.0
-
-
-def _finished(cells: list[Cell]) -> Iterator[tuple[Cell, float]]:
-    "The cells of a sweep that were done, each with the seconds it took, here or in the results."
-    scale = cells[0].scale
-    table = read_table(results_folder(scale) / f"{cells[0].sweep}.csv")
-    done = [row for row in table if (row["scale"], row["status"]) == (scale, "done")]
-    # of several rows of a run each has the seconds of all
-    seconds = {row["cell"]: row.get("seconds") for row in done}
-    for cell in cells:
-        record = found(cell)
-        if record and record["status"] == "done":
-            took = record.get("cost", {}).get("seconds")
-        else:
-            took = seconds.get(cell.id)
-        if took:
-            yield cell, float(took)
-
-
-def predicted(cells: list[Cell]) -> dict[str, float | None]:
-    "Seconds that cells will take by cell id; None where nothing is known. cells: a whole sweep."
-    if not cells:
-        return {}
-    groups: dict[tuple, list[float]] = {}
-    for cell, seconds in _finished(cells):
-        # seconds an update are not those of a run whose length is not known
-        for method in (cell.parameters.get("method", ""), None):
-            groups.setdefault((method, bool(cell.lengths)), []).append(seconds / _work(cell))
-    known = {}
-    for cell in cells:
-        method, kind = cell.parameters.get("method", ""), bool(cell.lengths)
-        # a method without a record takes as long as the others did
-        rates = groups.get((method, kind)) or groups.get((None, kind))
-        known[cell.id] = fmean(rates) * _work(cell) if rates else None
-    return known
-
-# %% ../nbs/lib/11_study.ipynb #6fab9ef3
-def _machine_time(cells: list[Cell], known: dict[str, float | None]) -> str:
-    "The time of cells on this machine, all its cores (or GPUs) at work, and summed over them."
-    timed = [(cell, known[cell.id]) for cell in cells if known[cell.id] is not None]
-    if not timed:
-        return "unknown"
-    on_gpu = sum(seconds for cell, seconds in timed if wants_gpu(cell))
-    on_cpu = sum(
-        seconds * cell.parameters.get("threads", 1)
-        for cell, seconds in timed
-        if not wants_gpu(cell)
-    )
-    cores, places = os.cpu_count(), max(1, len(gpus())) * slots()
-    summed = []
-    if on_cpu:
-        summed.append(f"{on_cpu / 60:.1f} min summed over {cores} cores")
-    if on_gpu:
-        summed.append(f"{on_gpu / 60:.1f} min summed over {places} GPU slots")
-    span = max(on_cpu / cores, on_gpu / places)
-    unknown = len(cells) - len(timed)
-    rest = f", and {unknown} cells unknown" if unknown else ""
-    return f"{span / 60:.1f} min ({', '.join(summed)}){rest}"
-
-
-def forecast(cells: list[Cell], names: list[str], scale: str) -> str:
-    "What cells will take by the times of records: a line for all, and one per sweep of several."
-    if not cells:
-        return ""
-    known, lines = {}, []
-    for name in names:
-        mine = [cell for cell in cells if cell.sweep == name]
-        if mine:
-            known |= predicted(plan(name, scale))
-            lines.append(f"  {name}: {len(mine)} cells, {_machine_time(mine, known)}")
-    unique = list({cell.id: cell for cell in cells}.values())  # two sweeps may share a cell
-    total = f"predicted machine time: {_machine_time(unique, known)}"
-    return "\n".join([total, *lines] if len(lines) > 1 else [total])
-
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
     "A table of all cells with their state here and in the results, and what a study would do."
@@ -599,6 +552,9 @@ def overview(names: list[str], scale: str, missing: bool = False) -> str:
             runs = "runs" if (name, cell.id) in running else ""
             states = f"{state(cell):8} {rows[cell.id]:8} {runs:5}"
             lines.append(f"{cell.id:36} {states} {name}: {cell.label}")
+    for name in names:
+        if others := unplanned(name, scale):
+            lines.append(f"{name}: {len(others)} cells in the results that the sweep has no more")
     cells = f"{len({cell.id for cell in run})} of {total} cells would run"
     lines.append(f"{cells}, {len(tables)} tables be collected, {len(figures)} figures drawn")
     expected = forecast(run, names, scale)
@@ -635,6 +591,7 @@ COMMANDS = {
     "plan": "list the cells: what is here, what is in the results, what would run",
     "cell": "run one cell",
     "collect": "merge records into the results",
+    "confirm": "run a few cells of older code again; where nothing changed their rows are current",
     "draw": "draw one figure at a scale",
     "redraw": "draw the committed figures in place from the committed results",
     "rename": "compute the ids in the committed tables again",
@@ -648,13 +605,15 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vqstudy.study", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
-    for name in ("plan", "cell", "collect", "draw", "choose"):
+    for name in ("plan", "cell", "collect", "confirm", "draw", "choose"):
         parts[name].add_argument("--scale", default="smoke", choices=SCALES)
     several = "a sweep's name; several or none (all), but for cell"
-    for name in ("plan", "cell", "collect", "rename"):
+    for name in ("plan", "cell", "collect", "confirm", "rename"):
         parts[name].add_argument("--sweep", default="", help=several)
     dirty = "also from changes that are in no commit (desk and above)"
-    parts["collect"].add_argument("--dirty", action="store_true", help=dirty)
+    for name in ("collect", "confirm"):
+        parts[name].add_argument("--dirty", action="store_true", help=dirty)
+    parts["cell"].add_argument("--short", action="store_true", help="at its shortest length")
     left_out = "leave out what the results have already"
     parts["plan"].add_argument("--missing", action="store_true", help=left_out)
     parts["choose"].add_argument("--sweep", required=True, help="the tuning sweep's name")
@@ -668,7 +627,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
 def _obey(given: argparse.Namespace) -> int:
     "Do what the command line says; the exit code."
     if given.command == "cell":
-        return run_cell(given.sweep, given.scale, given.cell)
+        return run_cell(given.sweep, given.scale, given.cell, given.short)
     if given.command == "draw":
         return draw_figure(given.figure, given.scale)
     if given.command == "redraw":
@@ -680,6 +639,8 @@ def _obey(given: argparse.Namespace) -> int:
     names = chosen(given.sweep, given.scale)
     if given.command == "choose":
         print(declared(choice(given.sweep, given.scale)))
+    elif given.command == "confirm":
+        return int(sum(confirm(name, given.scale, given.dirty) for name in names) > 0)
     elif given.command == "plan":
         print(overview(names, given.scale, given.missing))
     else:
@@ -696,7 +657,7 @@ def main(words: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     given = _arguments(words)
     try:
-        if given.command in ("cell", "draw", "redraw"):
+        if given.command in ("cell", "confirm", "draw", "redraw"):
             keep_caches()
         return _obey(given)
     except REFUSALS as error:
