@@ -21,8 +21,12 @@ try:
     MISSING = study.option("MISSING", config.get("missing")) != 0
     BUDGET = study.option("BUDGET", config.get("budget"))
     DIRTY = study.option("DIRTY", config.get("dirty")) != 0
+    BFLOAT16 = study.option("BFLOAT16", config.get("bfloat16")) != 0
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
+    if os.environ.get("VQSTUDY_ROWS"):
+        # a sweep in its worktree leaves rows; figures are drawn where they are merged
+        FIGURES = []
 except study.REFUSALS as error:
     sys.exit(f"refused, nothing was run: {error}")
 if {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
@@ -108,12 +112,17 @@ rule figure:
 def leave():
     shutil.rmtree(CALL, ignore_errors=True)
     print(study.report(SWEEPS, SCALE), flush=True)
+    if os.environ.get("VQSTUDY_ROWS"):
+        print(study.rows_left(SWEEPS[0], SCALE), flush=True)
 
 
 onstart:
     # on a cluster the nodes may have what this machine has not
     if workflow.local_exec and (lacks := study.lacking(CELLS)):
         sys.exit(f"refused, nothing was run: {lacks}")
+    slow = "" if BFLOAT16 or not workflow.local_exec else study.slow_bfloat16(CELLS)
+    if slow:
+        sys.exit(f"refused, nothing was run: {slow}")
     if reason := study.commit()["commit_unknown"]:
         print(f"the records will name no commit: {reason}", file=sys.stderr, flush=True)
     if SCALE != "smoke" and CELLS:

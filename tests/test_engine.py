@@ -386,6 +386,83 @@ def test_desk_is_run_from_a_commit(tmp_path):
     assert {(note["dirty"], note["collected_dirty"]) for note in notes.values()} == {(True, True)}
 
 
+def tree(project, name="walks"):
+    return project.folder / f"data/runs/.sweeps/{name}-desk"
+
+
+def swept(project):
+    "By cell, when the records of the worktree were written."
+    files = tree(project).glob("data/runs/desk/*/record.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_sweep_in_its_worktree_while_the_tree_is_edited(tmp_path):
+    grid = "grid: {method: [quick, bad]}, seeds: [0, 1], scales: {desk: {}}"
+    walks = f"{{notebook: walk, metric: distance, figures: [walks], {grid}}}"
+    here = tmp_path / "here"
+    project = CommittedProject(here, walks=walks)
+    head = project.git("rev-parse", "HEAD")
+    # edited beside it, also in a way that would break a run
+    (here / "vqstudy/toy.py").write_text("def walk(method, seed): return 7")
+    (here / "nbs/runs/walk.ipynb").write_text("")
+    notebook(here / "nbs/runs/walk.ipynb", *WALK[:1], "edited")
+    code, shown = project.make("sweep", "SWEEP=walks", "COMMIT=1")
+    assert code != 0 and "predicted machine time: unknown" in shown, shown
+    assert shown.index("predicted machine time") < shown.index("FAILED") and head[:12] in shown
+    assert "2 of 4 cells done; `make sweep SCALE=desk SWEEP" in shown
+    assert "its rows are taken over by: git merge rows/walks-desk" in shown
+    assert not (here / "data").joinpath("results").exists() and not (here / "figures").exists()
+    log = project.git("log", "--format=%s", "rows/walks-desk", "--", "data/results").splitlines()
+    assert log[0].startswith("Rows of walks at desk: ") and len(log) >= 2, "committed as they come"
+    notes = project.git("show", "rows/walks-desk:data/results/walks.json")
+    quick = {note["commit"] for note in json.loads(notes)["cells"]["desk"].values()}
+    for commit in quick:
+        project.git("merge-base", "--is-ancestor", head, commit)
+
+    # it goes on where it stopped, with the code that it began with
+    before = swept(project)
+    assert len(before) == 2
+    code, shown = project.make("sweep", "SWEEP=walks")
+    assert code != 0 and "2 of 4 cells would run" in shown and swept(project) == before
+    project.git("commit", "-qam", "edited")
+    code, shown = project.make("sweep", "SWEEP=walks")
+    assert f"its code is that of {head[:12]}" in shown and "FRESH=1 begins again" in shown
+    code, shown = project.make("sweep", "SWEEP=walks", "FRESH=1")
+    assert code != 0 and "branch rows/walks-desk has rows that are not merged" in shown
+
+    # another machine, which has what is committed: nothing that is there runs again
+    there = Project.__new__(CommittedProject)
+    there.folder, there.venv = tmp_path / "there", "VENV=none"
+    there.env = project.env | dict(PYTHONPATH=str(there.folder))
+    command = ["git", "clone", "-q", str(here), str(there.folder)]
+    subprocess.run(command, check=True, env=project.env)
+    code, shown = there.make("sweep", "SWEEP=walks")
+    assert "2 of 4 cells would run" in shown and swept(there) == {}, shown
+
+    project.git("merge", "-q", "rows/walks-desk")
+    rows = [(row["method"], row["status"], row["distance"]) for row in project.desk()]
+    assert rows.count(("quick", "done", "0.5")) == 1 and len(rows) == 4, rows
+
+
+BFLOAT16 = "autocast: str = 'bfloat16'\n"
+
+
+def test_bfloat16_is_refused_on_a_processor_without_it(tmp_path):
+    talks = "{notebook: talk, scales: {desk: {}}}"
+    project = CommittedProject(tmp_path, talks=talks)
+    notebook(tmp_path / "nbs/runs/talk.ipynb", BFLOAT16 + TALK[0], *TALK[1:])
+    module = tmp_path / "vqstudy/processes.py"
+    module.write_text(module.read_text().replace("/proc/cpuinfo", "cpuinfo.txt"))
+    (tmp_path / "cpuinfo.txt").write_text("flags : sse avx512f\n")
+    project.git("commit", "-qam", "half")
+    code, shown = project.make("study", "SCALE=desk")
+    refused = "refused, nothing was run: 1 of 1 cells train in bfloat16"
+    assert code != 0 and refused in shown and "Traceback" not in shown, shown
+    assert not (tmp_path / "data/runs/desk").exists()
+    code, shown = project.make("study", "SCALE=desk", "BFLOAT16=1")
+    assert code == 0 and "1 of 1 cells done" in shown, shown
+
+
 def test_a_neutral_change_is_confirmed_and_a_real_one_is_not(tmp_path):
     grid = "grid: {method: [quick, slow]}, seeds: [0, 1], scales: {desk: {}}"
     project = CommittedProject(tmp_path, walks=f"{{notebook: walk, metric: distance, {grid}}}")

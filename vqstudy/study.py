@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'COMMANDS', 'REFUSALS', 'Run', 'execute', 'publish', 'lacking', 'out_of_time', 'in_turn', 'run_cell',
            'confirm', 'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'todo', 'overview',
-           'report', 'main']
+           'report', 'rows_left', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #92f33563
 import argparse, json, os, shutil, subprocess, sys, time
@@ -21,12 +21,13 @@ from .confirm import elsewhere, representatives, settle, shortened, told
 from .files import locked, write
 from .forecast import forecast, predicted
 from .processes import Guard, adopt, end_children, engine, gpu, gpus, keep_caches
-from .processes import redirected, wants_gpu
+from .processes import redirected, slow_bfloat16, wants_gpu
 from .provenance import SET_FOLDERS, NotebookSource, commit, memory, now, provenance
 from .provenance import require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
 from .records import rename_cells, results_folder, save_record, state, unplanned
 from .tuning import choice, declared
+from .worktree import commit_rows, launch, loose, place
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
 def _refuse_foreign(notebook: str | Path) -> None:
@@ -331,6 +332,20 @@ def _prepare(cell: Cell) -> None:
             os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
 # %% ../nbs/lib/11_study.ipynb #dc488912
+def _take_rows(cell: Cell) -> None:
+    "In a sweep's worktree: collect a cell as it comes, and commit it where that was asked for."
+    asked = os.environ.get("VQSTUDY_ROWS")
+    if not asked or cell.scale == "smoke":
+        return
+    try:
+        collect(cell.sweep, cell.scale)
+        line = commit_rows(cell.sweep, cell.scale) if asked == "commit" else ""
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        line = f"{cell.id}  its row is not in the results yet: {error}"
+    if line:
+        print(line, flush=True)
+
+
 def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
     """Run one cell of a sweep and leave its record, whole, or what tells why there is none.
 
@@ -356,7 +371,10 @@ def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
         takes = wants_gpu(this) and "SLURM_JOB_ID" not in os.environ
         with gpu() if takes else nullcontext():
             error = execute(notebook_path(this.notebook), this.work, given)
-        return _finish(this, error, started, time.monotonic() - begin)
+        code = _finish(this, error, started, time.monotonic() - begin)
+    if code != OUT_OF_TIME and not short:
+        _take_rows(this)
+    return code
 
 # %% ../nbs/lib/11_study.ipynb #c9748086
 def _run_short(cell: Cell) -> None:
@@ -579,12 +597,22 @@ def report(names: list[str], scale: str) -> str:
     if out_of_time():
         ending = f"stopped at the time budget: {ending}"
     if done < len(cells):
-        again = f"make resume SCALE={scale}"
-        if names != sweeps(scale):
+        in_worktree = bool(os.environ.get("VQSTUDY_ROWS"))
+        again = f"make {'sweep' if in_worktree else 'resume'} SCALE={scale}"
+        if in_worktree or names != sweeps(scale):
             again += f' SWEEP="{" ".join(names)}"'
         ending += f"; `{again}` goes on"
     troubles = [_trouble(cell) for cell in cells]
     return "\n".join([*(line for line in troubles if line), ending])
+
+# %% ../nbs/lib/11_study.ipynb #d41e4aca
+def rows_left(name: str, scale: str) -> str:
+    "In a sweep's worktree: what is to be done with its rows, as commands for the checkout."
+    if os.environ.get("VQSTUDY_ROWS") == "commit":
+        commit_rows(name, scale)
+    if loose(root()):
+        return f"rows are not committed yet: `make sweep SCALE={scale} SWEEP={name} COMMIT=1` does"
+    return f"its rows are taken over by: git merge {place(name, scale)[1]}"
 
 # %% ../nbs/lib/11_study.ipynb #7e7bc20a
 COMMANDS = {
@@ -592,6 +620,7 @@ COMMANDS = {
     "cell": "run one cell",
     "collect": "merge records into the results",
     "confirm": "run a few cells of older code again; where nothing changed their rows are current",
+    "sweep": "run a sweep from a worktree of its own; the engine's command follows --",
     "draw": "draw one figure at a scale",
     "redraw": "draw the committed figures in place from the committed results",
     "rename": "compute the ids in the committed tables again",
@@ -605,7 +634,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vqstudy.study", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
-    for name in ("plan", "cell", "collect", "confirm", "draw", "choose"):
+    for name in ("plan", "cell", "collect", "confirm", "draw", "choose", "sweep"):
         parts[name].add_argument("--scale", default="smoke", choices=SCALES)
     several = "a sweep's name; several or none (all), but for cell"
     for name in ("plan", "cell", "collect", "confirm", "rename"):
@@ -616,7 +645,11 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parts["cell"].add_argument("--short", action="store_true", help="at its shortest length")
     left_out = "leave out what the results have already"
     parts["plan"].add_argument("--missing", action="store_true", help=left_out)
-    parts["choose"].add_argument("--sweep", required=True, help="the tuning sweep's name")
+    for name in ("choose", "sweep"):
+        parts[name].add_argument("--sweep", required=True, help="the sweep's name")
+    parts["sweep"].add_argument("--fresh", action="store_true", help="begin again")
+    parts["sweep"].add_argument("--commit", action="store_true", help="commit rows as they come")
+    parts["sweep"].add_argument("engine", nargs="*", help="the engine's command")
     parts["cell"].add_argument("--cell", required=True, help="the cell's id")
     parts["draw"].add_argument("figure", help="the stem of a notebook in nbs/figs")
     stems = "stems of notebooks in nbs/figs; all if none"
@@ -624,6 +657,18 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 # %% ../nbs/lib/11_study.ipynb #5df85d33
+def _launch(given: argparse.Namespace) -> int:
+    "Run one sweep in its worktree. Raises ValueError for none or several, or for smoke."
+    names = chosen(given.sweep, given.scale)
+    if len(names) != 1 or not given.sweep:
+        raise ValueError(f"a worktree is of one sweep, SWEEP=name; got {given.sweep!r}")
+    if given.scale == "smoke":
+        raise ValueError("smoke proves nothing and needs no commit: `make study` runs it")
+    # a path of the checkout's is none in the worktree
+    command = [sys.executable, *given.engine[1:]]
+    return launch(names[0], given.scale, command, given.fresh, given.commit)
+
+
 def _obey(given: argparse.Namespace) -> int:
     "Do what the command line says; the exit code."
     if given.command == "cell":
@@ -632,6 +677,8 @@ def _obey(given: argparse.Namespace) -> int:
         return draw_figure(given.figure, given.scale)
     if given.command == "redraw":
         return redraw(given.figures)
+    if given.command == "sweep":
+        return _launch(given)
     if given.command == "rename":
         for name in chosen(given.sweep, "desk"):
             print(f"{name}: {len(rename_cells(name))} ids changed")
