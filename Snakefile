@@ -82,7 +82,14 @@ rule study:
         [f"{CALL}/figure/{stem}" for stem in FIGURES],
 
 
+def parents(wildcards):
+    "The cells of this call whose weights a cell takes."
+    needed = BY_ID[wildcards.cell].parents.values()
+    return [f"{wildcards.call}/cell/{cell.id}" for cell in needed if cell.id in BY_ID]
+
+
 rule cell:
+    input: parents
     output: touch("{call}/cell/{cell}")
     threads: lambda wildcards: int(BY_ID[wildcards.cell].parameters.get("threads", 1))
     resources: gpu=lambda wildcards: int(study.wants_gpu(BY_ID[wildcards.cell]))

@@ -500,6 +500,66 @@ def test_a_neutral_change_is_confirmed_and_a_real_one_is_not(tmp_path):
     assert {known["slow"]} == new and {known["quick"]} != new
 
 
+# ---- weights that one cell keeps and another takes ----
+
+TOKENIZER = [
+    "method: str = 'quick'\nseed: int = 0\nout: str = ''",
+    "import torch\nfrom vqstudy.study import Run\nrun = Run('tokenizer', globals())",
+    "run.save(dict(mse=seed), weights=dict(w=torch.full((2,), 1.5 + seed)))",
+]
+PRIOR = [
+    "tokenizer: str = ''\nmethod: str = ''\nseed: int = 0\nout: str = ''",
+    """
+import time
+from pathlib import Path
+from vqstudy.study import Run
+run = Run("prior", globals())
+Path(f"begun.{seed}").touch()
+while Path("hold").exists(): time.sleep(.1)
+""",
+    "w = run.parent('tokenizer').weights['w']\nrun.save(dict(far=float(w.sum())))",
+]
+
+
+def test_a_parent_runs_first_and_stays_when_the_child_is_killed(tmp_path):
+    grid = "grid: {method: [quick]}, seeds: [0, 1]"
+    kept = f"{{notebook: tokenizer, weights: keep, {grid}, scales: {{smoke: {{}}}}}}"
+    need = "needs: {tokenizer: kept}, metric: far"
+    priors = f"{{notebook: prior, {need}, {grid}, scales: {{smoke: {{seeds: [1]}}}}}}"
+    project = Project(tmp_path, kept=kept, priors=priors)
+    for name, sources in dict(tokenizer=TOKENIZER, prior=PRIOR).items():
+        notebook(tmp_path / f"nbs/runs/{name}.ipynb", *sources)
+    (tmp_path / "hold").touch()
+    command = ["make", "-n", "VENV=none", "CORES=2", "study", "SWEEP=priors"]
+    where = dict(cwd=tmp_path, env=project.env)
+    shown = subprocess.run(command, **where, capture_output=True, text=True).stdout
+    with open(tmp_path / "engine.log", "w") as log:
+        engine = subprocess.Popen(f"exec {shown}", shell=True, **where, stdout=log, stderr=log)
+    wait_for((tmp_path / "begun.1").exists, what="the child's start")
+    family = psutil.Process(engine.pid).children(recursive=True)
+    engine.kill()
+    engine.wait()
+    wait_for(lambda: not running(family), 10, "the end of all processes")
+
+    (tmp_path / "hold").unlink()
+    (before,) = project.records().items()
+    assert before[0].startswith("tokenizer-"), "of the two parents the one that is needed"
+    code, shown = project.make("resume", "SWEEP=priors")
+    assert code == 0 and "1 of 1 cells done" in shown and "far 5" in shown, shown
+    assert before in project.records().items(), "the parent ran again"
+    (row,) = project.rows("priors")
+    assert row["far"] == "5.0" and row["tokenizer"] == before[0]
+    notes = json.loads((tmp_path / RECORDS / "results/priors.json").read_text())
+    (past,) = notes["cells"]["smoke"].values()
+    whole = json.loads(before[1][0])["provenance"]
+    assert past["parents"]["tokenizer"]["weights"] == whole["weights"]
+
+    # a notebook that does not take them is told so
+    notebook(tmp_path / "nbs/runs/prior.ipynb", *PRIOR[:2], "run.save(dict(far=0))")
+    code, shown = project.make("study", "SWEEP=priors")
+    assert code != 0 and "the notebook did not take the weights of tokenizer" in shown, shown
+
+
 # ---- which Python ----
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 import vqstudy
-from .cells import SCALES, Cell, cell_id, check, parameters, plan, sweep, sweeps
+from .cells import SCALES, Cell, cell_id, check, combined, parameters, plan, sweep, sweeps
 from .checks import one_of
 from .code import digest, fingerprint, foreign_modules, notebook_path, root
 from .confirm import elsewhere, representatives, settle, shortened, told
@@ -27,6 +27,7 @@ from .provenance import require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
 from .records import rename_cells, results_folder, save_record, state, unplanned
 from .tuning import choice, declared
+from .weights import Parent, has_weights, parent_of, save_weights
 from .worktree import commit_rows, launch, loose, place
 
 # %% ../nbs/lib/11_study.ipynb #21afde43
@@ -83,18 +84,15 @@ class _Place:
 
     def checkpoint(self) -> Path:
         "Its file, named by cell and code: of code that is not known none is taken up."
-        key = digest(self.cell + (self.code() or str(time.time_ns())))[:12]
+        weights = os.environ.get("VQSTUDY_NEEDS", "")
+        key = digest(self.cell + (self.code() or str(time.time_ns())) + weights)[:12]
         # under the wrapper `out` is new each time, and its parent stays
         folder = self.folder() if self.alone else self.folder().parent
         return folder / f"checkpoint-{key}.pt"
 
-# %% ../nbs/lib/11_study.ipynb #238b7034
-class Run:
-    """One run of a notebook: `.cell`, `.parameters`, `.out`, `.checkpoint`, `.deadline`.
-
-    out, checkpoint: paths; deadline: Unix time or None. Raises as `check` does, and ValueError
-    where another vqstudy is imported than that of the checkout.
-    """
+# %% ../nbs/lib/11_study.ipynb #9eb65918
+class _Begun:
+    "A run that has begun: what it was asked, where its record goes, whose weights it took."
 
     def __init__(self, notebook: str, namespace: dict[str, Any]):
         names = [name for name in parameters(notebook) if name != "out"]
@@ -108,7 +106,32 @@ class Run:
         self.out = self._place.folder()
         self.checkpoint = self._place.checkpoint()
         self.deadline = _deadline() if os.environ.get("VQSTUDY_DEADLINE") else None
+        self._parents: dict[str, dict[str, str]] = {}
         self._place.begin()
+
+    def parent(self, name: str) -> Parent:
+        "The cell that the parameter `name` names: its `.parameters` and its `.weights`."
+        found = parent_of(name, self.parameters[name])
+        self._parents[name] = found.told
+        return found
+
+    def _past(self) -> dict[str, Any]:
+        "The provenance of the record, with what was taken from other cells."
+        past = provenance(self.notebook, self.started, self.parameters.get("dataset", ""))
+        past |= self._place.source.provenance() | dict(fingerprint=self._place.code())
+        if self._parents:
+            codes = {name: told["fingerprint"] for name, told in self._parents.items()}
+            past["parents"] = self._parents
+            past["fingerprint"] = past["fingerprint"] and combined(past["fingerprint"], codes)
+        return past
+
+# %% ../nbs/lib/11_study.ipynb #6b80d3c3
+class Run(_Begun):
+    """One run of a notebook: `.cell`, `.parameters`, `.out`, `.checkpoint`, `.deadline`, `.parent`.
+
+    out, checkpoint: paths; deadline: Unix time or None. Raises as `check` does, and ValueError
+    where another vqstudy is imported than that of the checkout.
+    """
 
     def save(
         self,
@@ -118,17 +141,20 @@ class Run:
         samples: Any = None,                  # (2, m, 3, h, w) of uint8
         status: str = "done",
         lengths: list[dict[str, Any]] = [],   # instead of metrics: these and `updates`, by length
+        weights: Any = None,                  # a module or its state, for a sweep that keeps them
     ) -> dict[str, Any]:
         "Write the record into `out` and return it. Raises as `make_record` does."
         spent = {"seconds": round(time.monotonic() - self._start, 3)} | memory() | cost
-        past = provenance(self.notebook, self.started, self.parameters.get("dataset", ""))
-        past |= self._place.source.provenance() | dict(fingerprint=self._place.code())
         given = dict(metrics=metrics, cost=spent, lengths=lengths)
-        record = make_record(self.cell, self.parameters, past, status, **given)
+        record = make_record(self.cell, self.parameters, self._past(), status, **given)
         if self._place.folder() != self.out:
             self.out = self._place.folder()
             edited = f"the cells that ran are not those of {self.notebook}"
             print(f"{edited}: the record goes to {_shown(self.out)}")
+        if os.environ.get("VQSTUDY_WEIGHTS") == "keep":
+            if weights is None:
+                raise ValueError("the sweep keeps weights: run.save takes them as `weights`")
+            record["provenance"]["weights"] = save_weights(self.out, weights)
         save_record(self.out, record, history, samples)
         self.checkpoint.unlink(missing_ok=True)
         return record
@@ -223,7 +249,7 @@ def _told(cell: Cell, record: dict[str, Any]) -> list[str]:
         return [f"no value of {cell.metric!r} (the sweep's metric); there are: {known}"]
     return []
 
-
+# %% ../nbs/lib/11_study.ipynb #fbd7a81b
 def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: float) -> int:
     "Make a record, a failure or a pause of what the notebook left; the exit code."
     name = _name(cell)
@@ -237,6 +263,10 @@ def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: fl
     record = read_record(cell.work / "record" / "record.json")
     if not error and (not record or record["cell"] != cell.id):
         error = "RuntimeError", "the notebook wrote no record of this cell; it must call run.save"
+    untaken = set(cell.parents) - set(record["provenance"].get("parents", {}) if record else {})
+    if not error and untaken and record["status"] == "done":
+        names = ", ".join(sorted(untaken))
+        error = "RuntimeError", f"the notebook did not take the weights of {names}; see run.parent"
     if error:
         failed = _wrappers_record(cell, "failed", error, started, seconds)
         write(cell.work / "failed.json", json.dumps(failed, indent=1, sort_keys=True))
@@ -326,12 +356,31 @@ def _prepare(cell: Cell) -> None:
         else:
             path.unlink()
     os.environ |= dict(VQSTUDY_SWEEP=cell.sweep, VQSTUDY_SCALE=cell.scale)
+    os.environ["VQSTUDY_WEIGHTS"] = "keep" if cell.keeps else ""
+    told = {name: parent_of(name, parent.id).told for name, parent in cell.parents.items()}
+    os.environ["VQSTUDY_NEEDS"] = json.dumps(told, sort_keys=True) if told else ""
     threads = cell.parameters.get("threads")
     if threads:  # before numpy or torch is imported, in the kernel
         for library in ("OMP", "MKL", "OPENBLAS"):
             os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
 # %% ../nbs/lib/11_study.ipynb #dc488912
+def _is_done(cell: Cell) -> bool:
+    "Whether a cell has a whole, current record here, and its weights where its sweep keeps them."
+    return state(cell) == "done" and (not cell.keeps or has_weights(cell))
+
+
+def _lacking_weights(cell: Cell) -> str:
+    "Which cells' weights a cell needs that are not here; else empty."
+    lines = []
+    for name, parent in cell.parents.items():
+        if not has_weights(parent):
+            whose = f"{name}, the weights of {parent.id} ({parent.sweep}: {parent.label})"
+            advice = f"`make study SCALE={cell.scale} SWEEP={cell.sweep}` runs that first"
+            lines.append(f"{cell.id} needs {whose}, and they are not here; {advice}")
+    return "\n".join(lines)
+
+
 def _take_rows(cell: Cell) -> None:
     "In a sweep's worktree: collect a cell as it comes, and commit it where that was asked for."
     asked = os.environ.get("VQSTUDY_ROWS")
@@ -345,7 +394,7 @@ def _take_rows(cell: Cell) -> None:
     if line:
         print(line, flush=True)
 
-
+# %% ../nbs/lib/11_study.ipynb #4ffe7713
 def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
     """Run one cell of a sweep and leave its record, whole, or what tells why there is none.
 
@@ -361,10 +410,10 @@ def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
     with ExitStack() as stack:
         if out_of_time() or not in_turn(stack, this.work.with_suffix(".lock"), _name(this)):
             return OUT_OF_TIME
-        if state(this) == "done":  # by another engine, meanwhile
+        if _is_done(this):  # by another engine, meanwhile
             print(f"{_name(this)}  done by another study", flush=True)
             return 0
-        if lacks := lacking([this]):
+        if lacks := lacking([this]) or _lacking_weights(this):
             raise FileNotFoundError(lacks)
         _prepare(this)
         given = this.parameters | dict(out=str((this.work / "record").relative_to(root())))
@@ -545,7 +594,7 @@ def todo(
         if missing:
             run = [cell for cell in run if rows[cell.id] != "current"]
         changes = bool(run) or any(rows[cell] != "current" for cell in done)
-        cells += run
+        cells += [parent for cell in run for parent in _ancestors(cell)] + run
         tables += [name] * changes
         figures += [s for s in sweep(name)["figures"] if changes or not drawn(s, scale)]
     if set(names) == set(sweeps(scale)):
@@ -553,7 +602,17 @@ def todo(
             # the ledger reads every table and the evidence of every other figure
             if not drawn(stem, scale) or stem == "ledger" and (tables or figures):
                 figures.append(stem)
-    return cells, tables, list(dict.fromkeys(figures))
+    unique = list({cell.id: cell for cell in cells}.values())  # two sweeps may share a cell
+    return unique, tables, list(dict.fromkeys(figures))
+
+
+def _ancestors(cell: Cell) -> list[Cell]:
+    "The cells that have to run for their weights before a cell can, the first one first."
+    found = []
+    for parent in cell.parents.values():
+        if not has_weights(parent):
+            found += [*_ancestors(parent), parent]
+    return found
 
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
