@@ -369,8 +369,10 @@ def collect(name: str, scale: str, dirty: bool = False) -> Path:
             if is_evidence and commit()["dirty"]:
                 record["provenance"] |= dict(collected_dirty=True)
             table.merge(cell, record)
-            if shown:
-                longest = table.rows_of(cell)[-1]
+        # of old records, too: a picture whose cell is planned no more gives way to theirs
+        for cell, record in records if shown else []:
+            longest = (table.rows_of(cell) or [None])[-1]
+            if record and longest and longest["fingerprint"] == record["provenance"]["fingerprint"]:
                 _keep_samples(folder, cell, longest, table.notes["samples"], planned)
         table.save()
         if scale != "smoke":
