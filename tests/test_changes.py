@@ -197,7 +197,8 @@ def rows_without_the_rule(cells, changes, repository=ROOT):
                 yield cell
 
 
-TABLES = sorted((ROOT / "data/results").glob("*.json"))
+# beside each table of rows its provenance
+TABLES = sorted(path.with_suffix(".json") for path in (ROOT / "data/results").glob("*.csv"))
 
 
 @needs_history

@@ -111,7 +111,8 @@ def test_a_changed_default_changes_the_ids_of_those_that_relied_on_it(reconstruc
     where = path.parents[2] / cells.DEFAULTS
     if collected:
         cell = cells.plan("table", "desk")[0]
-        leave(cell, dict(mse=1.0))
+        lengths = [dict(updates=n, mse=1.0) for n in cell.lengths]
+        leave(cell, {} if lengths else dict(mse=1.0), lengths=lengths)
         records.collect("table", "desk")
         assert json.loads(where.read_text())["reconstruct"]["watch_limit"] == 2000
     says = cells.check("reconstruct", dict(watch_limit=2000))
