@@ -395,7 +395,7 @@ GRADIENTS = [
     Row(
         "Rotation, released for VQGAN and ViT-VQGAN",
         f"{VQGAN}, `rot_trick`; table_4 (ViT-VQGAN)",
-        "`vq + rotation, project=True`",
+        "`vq + rotation-projected`",
         lambda: with_rule(rotation(project=True), authors.rotated_direction),
         "theirs turns the unit vector of z, and the gradient passes the division: nothing along z "
         "is left",
@@ -417,11 +417,10 @@ GRADIENTS = [
         "`VectorQuantizer(rule=...)`: that over the length of z",
         lambda: with_rule(over_length, partial(authors.rotated_direction, scaled=False)),
     ),
-    # (where recipes take `project` for the reflection, "`vq + reflection, project=True`" goes here)
     Row(
         "Reflection, released for VQGAN",
         f"{VQGAN}, `ref_trick`",
-        "`VectorQuantizer(rule=reflection(project=True))`",
+        "`vq + reflection-projected`",
         lambda: with_rule(
             reflection(project=True), partial(authors.rotated_direction, turn=authors.mirrored)
         ),

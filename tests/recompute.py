@@ -55,15 +55,16 @@ def finished(folder, sweep, scale):
     return {cell: made.get("finished", "") for cell, made in cells.items()}
 
 
-def read_rows(folder, sweep, scale):
-    "The rows of a sweep at a scale; of two that differ in nothing but their cell, the later."
+def read_rows(folder, sweep, scale, unplanned):
+    "The planned rows of a sweep at a scale; of two that differ in their cell alone, the later."
     path = folder / f"{sweep}.csv"
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         rows = [{k: as_value(v) for k, v in row.items()} for row in csv.DictReader(file)]
     made = finished(folder, sweep, scale)
-    rows = [row for row in rows if row["scale"] == scale]
+    left_out = set(unplanned.get(sweep, ()))
+    rows = [row for row in rows if row["scale"] == scale and row["cell"] not in left_out]
     return sorted(rows, key=lambda row: made.get(row["cell"], ""))
 
 
@@ -236,12 +237,13 @@ def longest(claim, rows, better):
 # ---- all claims ----
 
 
-def by_sweep(claim, folder, better):
+def by_sweep(claim, folder, better, unplanned):
     "What a sweep says: the largest scale with three pairs, else the largest with any."
     found = []
     for scale in SCALES:
         if scale in claim["scales"]:
-            each, updates = longest(claim, read_rows(folder, claim["sweep"], scale), better)
+            rows = read_rows(folder, claim["sweep"], scale, unplanned)
+            each, updates = longest(claim, rows, better)
             if each:
                 found.append((scale, each, updates))
     three = [one for one in found if len(one[1][one[2]][0]) >= 3]
@@ -259,7 +261,7 @@ def evidence(folder):
     return found
 
 
-def measure(claim, folder, handed, better, trained):
+def measure(claim, folder, handed, better, trained, unplanned):
     "The finding on a claim: word alone, p, whether it may be decided, and what the ledger shows."
     if "figure" in claim:
         scale, found, updates = handed.get(claim["id"], ("", None, None))
@@ -267,7 +269,7 @@ def measure(claim, folder, handed, better, trained):
             return None
         unit, base, each = claim.get("unit", "difference"), None, {}
     else:
-        one = by_sweep(claim, folder, better)
+        one = by_sweep(claim, folder, better, unplanned)
         if one is None:
             return None
         scale, each, updates = one
@@ -287,8 +289,11 @@ def measure(claim, folder, handed, better, trained):
     return whole | dict(updates=updates, table=claim.get("sweep") or claim["figure"])
 
 
-def words(root):
-    "Every claim with its word and what the ledger shows beside it."
+def words(root, unplanned=None):
+    """Every claim with its word and what the ledger shows beside it.
+
+    unplanned: by sweep the cells that no plan has any more, whose rows decide nothing.
+    """
     whole = tomllib.loads((root / "data/claims.toml").read_text(encoding="utf-8"))
     folder = root / "data/results"
     handed, lengths = evidence(folder), whole.get("document_updates", {})
@@ -296,7 +301,7 @@ def words(root):
     for claim in whole["claim"]:
         trained = claim.get("document_updates", lengths.get(claim.get("sweep") or claim["figure"]))
         better = whole["metrics"][claim["metric"]]
-        found[claim["id"]] = measure(claim, folder, handed, better, trained)
+        found[claim["id"]] = measure(claim, folder, handed, better, trained, unplanned or {})
     for name, one in found.items():
         if one is None:
             found[name] = dict(word="not measured")
@@ -373,8 +378,9 @@ def differences(ours, text):
 
 def main(arguments):
     root = Path(arguments[0]) if arguments else Path(__file__).parents[1]
+    unplanned = json.loads(arguments[1]) if arguments[1:] else {}
     text = (root / "figures/ledger.md").read_text(encoding="utf-8")
-    found = sorted(differences(words(root), text))
+    found = sorted(differences(words(root, unplanned), text))
     print("\n".join(found) or "the ledger agrees")
     return bool(found)
 

@@ -10,7 +10,7 @@ from agreement import FILES, ROWS
 from agreement_package import PACKAGE
 from agreement_tables import LR, alternating_start, both_zero, counts_zero, table_and_data
 from beside import COLUMNS, D, K, sample
-from vqstudy.cells import code_digest
+from vqstudy.code import code_digest
 from vqstudy.quantizers import recipe
 from vqstudy.transport import sinkhorn_codes
 

@@ -76,6 +76,27 @@ def test_gradients_to_z_and_every_parameter(name):
             assert error < 1e-10, f"{what}: z {shape}, {k} codes, after {warm} steps: {error:.1e}"
 
 
+VARIANTS = {name: {"scale": name} for name in ("unit", "distance")}
+VARIANTS["projected"] = {"project": True}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rule", ["rotation", "reflection"])
+def test_a_variant_of_a_rule_is_the_rule_with_that_keyword(rule, variant):
+    named, given = f"vq + {rule}-{variant} + ema", f"vq + {rule} + ema"
+    torch.manual_seed(0)
+    one = recipe(named, DIM, 16).train()
+    torch.manual_seed(0)
+    other = recipe(given, DIM, 16, **VARIANTS[variant]).train()
+    z = torch.randn(32, DIM)
+    results = [step(quantizer, z) for quantizer in (one, other)]
+    assert torch.equal(results[0][1], results[1][1])
+    plain = step(recipe(given, DIM, 16).train(), z)[1]
+    assert not torch.allclose(results[0][1], plain)
+    with pytest.raises(ValueError, match="contradict each other"):
+        recipe(f"vq + {rule} + {rule}-{variant}", DIM, 16)
+
+
 @names
 def test_decode_of_encode_is_the_forward_value(name):
     for dtype in DTYPES:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from .router import RouterQuantizer
 from .checks import one_of
-from .models import Autoencoder, reconstruction_loss
+from .autoencoders import Autoencoder, reconstruction_loss
 from .quantizers import recipe, recipes
 from .search import nearest
 from .train import Loop, Settings

@@ -12,7 +12,7 @@ from functools import partial
 from .base import NoQuantizer, Quantized, Quantizer
 from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
-from .estimators import directional_noise, noise_substitution, reflection, rotation
+from .estimators import Rule, directional_noise, noise_substitution, reflection, rotation
 from .estimators import synchronized
 from .gumbel import GumbelQuantizer
 from .lattice import BSQ, FSQ, LFQ
@@ -38,12 +38,21 @@ def _affine(dim: int, affine_lr: float, affine_groups: int, max_norm: float | No
     return {"map": Affine(dim, affine_lr, affine_groups, max_norm)}
 
 
+def _as_rule(make: Callable[..., Rule], **fixed) -> Callable[..., dict]:
+    "Builds a rule, with these of its keywords fixed."
+
+    def build(dim: int, **keywords) -> dict:
+        return {"rule": make(**fixed, **keywords)}
+
+    return build
+
+
 def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
     return {"rule": synchronized(nu), "alternate": True, "commit_encoder": commit_encoder}
 
 # %% ../nbs/lib/03_quantizers.ipynb #ee5e9746
-_OPTIONS = {
-    # the codebook and its upkeep
+# the codebook and its upkeep
+_BOOK_OPTIONS = {
     "l2": _Option("z and the code vectors are normalised", lambda dim: {"l2": True}),
     "ema": _Option("the codebook follows moving averages", _as_given,
                    {"decay": 0.99, "smoothing": 1e-5, "ema_start": "table"}),
@@ -53,11 +62,27 @@ _OPTIONS = {
                       {"affine_lr": 1.0, "affine_groups": 1, "max_norm": None}),
     "moving-affine": _Option("an affine map that follows the moments of z",
                              lambda dim, **k: {"map": MovingAffine(dim, **k)}, {"momentum": 0.1, "of": "codebook"}),
-    # the gradient
+    "alt": _Option("codebook and network learn in turn",
+                   lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
+}
+
+# %% ../nbs/lib/03_quantizers.ipynb #2df62075
+# the gradient: a recipe has one rule at most
+_RULE_OPTIONS = {
     "rotation": _Option("the gradient is rotated and scaled",
-                        lambda dim, **k: {"rule": rotation(**k)}, {"scale": "norm", "project": False}),
+                        _as_rule(rotation), {"scale": "norm", "project": False}),
+    "rotation-unit": _Option("the gradient is rotated alone", _as_rule(rotation, scale="unit")),
+    "rotation-distance": _Option("the gradient is rotated, and scaled by the distance to the code",
+                                 _as_rule(rotation, scale="distance")),
+    "rotation-projected": _Option("the gradient is rotated and scaled, without its part along z",
+                                  _as_rule(rotation, project=True)),
     "reflection": _Option("the gradient is reflected and scaled",
-                          lambda dim, **k: {"rule": reflection(**k)}, {"scale": "norm", "project": False}),
+                          _as_rule(reflection), {"scale": "norm", "project": False}),
+    "reflection-unit": _Option("the gradient is reflected alone", _as_rule(reflection, scale="unit")),
+    "reflection-distance": _Option("the gradient is reflected, and scaled by the distance to the code",
+                                   _as_rule(reflection, scale="distance")),
+    "reflection-projected": _Option("the gradient is reflected and scaled, without its part along z",
+                                    _as_rule(reflection, project=True)),
     "sync": _Option("the chosen codes get a share of the task's gradient",
                     lambda dim, **k: {"rule": synchronized(**k)}, {"nu": 0.2}),
     "exact": _Option("the task's gradient at z, by a second decoder pass", lambda dim: {"rule": "exact"}),
@@ -66,9 +91,11 @@ _OPTIONS = {
                     lambda dim: {"perturb": noise_substitution, "alpha": 0.0}),
     "diveq": _Option("training adds a little noise to the error's direction",
                      lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0}, {"variance": 1e-3}),
-    "alt": _Option("codebook and network learn in turn",
-                   lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
     "opt": _Option("sync and alt together", _opt, {"nu": 0.2, "commit_encoder": True}),
+}
+
+# %% ../nbs/lib/03_quantizers.ipynb #3f8801d3
+_OPTIONS = _BOOK_OPTIONS | _RULE_OPTIONS | {
     # of one quantizer alone
     "tied": _Option("the router's matrix is the codebook", lambda dim: {"tied": True}),
     "switch": _Option("gradient through the chosen probability alone", lambda dim: {"gate": "switch"}),
@@ -86,8 +113,9 @@ _AROUND = {
     "residual": ResidualQuantizer,
     "multiscale": MultiScaleQuantizer,
 }
+_RULES = tuple(_RULE_OPTIONS)
 _EXCLUSIVE = [  # a recipe has at most one of each set
-    {"rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt"},  # rules of one gradient
+    set(_RULES),
     {"ema", "affine", "moving-affine"},  # owners of one codebook
     {"ema", "sync"},
     {"ema", "alt"},
@@ -120,7 +148,6 @@ class _Base:
 
 
 _COMMON = ("channel_dim", "check_finite", "process_group")  # keywords of every quantizer
-_RULES = ("rotation", "reflection", "sync", "exact", "hessian", "nsvq", "diveq", "opt")
 _BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
 _PARTS = ("group", "residual", "multiscale")
 _TEMPERATURES = ("temperature", "final_temperature")
