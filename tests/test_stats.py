@@ -1,4 +1,4 @@
-"""Contrasts and verdicts: against scipy, against the rule in other words, and against chance."""
+"""Contrasts: against scipy and statsmodels, against chance, and from the rows of a sweep."""
 
 import math
 import numpy as np
@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, strategies as st
 from scipy import stats as scipy_stats
-from vqstudy.stats import SAYS, UNITS, VERDICTS, Claim, Contrast, bootstrap, contrast, interval
-from vqstudy.stats import holds, inner_usage, load_claims, paired, scaled, verdict
+from vqstudy.stats import UNITS, Claim, bootstrap, contrast, interval
+from vqstudy.stats import holds, inner_usage, load_claims, paired, scaled
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 3))
 
@@ -76,71 +76,6 @@ def test_coverage_is_why_students_interval_decides(n, t, b):
     assert abs(held[0] - t) < 0.035 and abs(held[1] - b) < 0.06, held
 
 
-def by_possible_effects(low, high, says, s):
-    "The rule in other words: where can the true effect be?"
-    if says == "lower":
-        low, high, says = -high, -low, "higher"
-    shows = {
-        "higher": lambda x: x > s,
-        "equal": lambda x: -s < x < s,
-        "not higher": lambda x: x < s,
-        "not lower": lambda x: x > -s,
-    }[says]
-    inside = np.array([shows(x) for x in np.linspace(low, high, 4001)])
-    if inside.all():
-        return "reproduced"
-    return "undecided" if inside.any() else "contradicted"
-
-
-@given(whole.map(sorted), st.sampled_from(SAYS), st.floats(0.05, 30))
-def test_verdict_is_the_rule(ends, says, smallest):
-    low, high = ends
-    assume(all(abs(abs(x) - smallest) > 0.02 for x in ends) and high - low > 0.01)
-    word = verdict(Contrast((low + high) / 2, low, high, n=3), says, smallest)
-    assert word == by_possible_effects(low, high, says, smallest)
-
-
-few = st.integers(0, 2)
-
-
-@given(whole.map(sorted), st.sampled_from(SAYS), few, few, few)
-def test_a_lost_run_never_makes_a_verdict(ends, says, up, down, unknown):
-    "More diverged or failed runs can take a verdict away, never give or turn one."
-    before = Contrast(sum(ends) / 2, *ends, n=4)
-    after = verdict(before._replace(up=up, down=down, unknown=unknown), says, 1.0)
-    assert after in (verdict(before, says, 1.0), "undecided")
-    assert after == "undecided" or not unknown
-
-
-BETTER, WORSE = Contrast(-3, -4, -2, n=3), Contrast(3, 2, 4, n=3)  # where less is better
-
-
-def test_a_run_that_diverged_is_never_in_its_own_favour():
-    lost, others_lost = BETTER._replace(up=1), BETTER._replace(down=1)
-    assert verdict(lost, "lower", 1) == "undecided"
-    assert verdict(others_lost, "lower", 1) == "reproduced"
-    assert verdict(lost, "higher", 1) == "undecided"
-    assert verdict(others_lost, "higher", 1) == "contradicted"
-    assert verdict(Contrast(*[math.nan] * 3, up=5), "lower", 1) == "undecided"
-
-
-def test_no_worse_takes_a_better_result_and_refuses_a_diverged_one():
-    as_good, perhaps_worse = Contrast(0, -0.5, 0.5, n=3), Contrast(0, -0.5, 1.5, n=3)
-    words = [verdict(c, "not higher", 1) for c in (BETTER, WORSE, as_good, perhaps_worse)]
-    assert words == ["reproduced", "contradicted", "reproduced", "undecided"]
-    assert [verdict(c, "not lower", 1) for c in (BETTER, WORSE)] == ["contradicted", "reproduced"]
-    assert verdict(BETTER._replace(up=1), "not higher", 1) == "undecided"
-    assert verdict(BETTER._replace(down=1), "not higher", 1) == "reproduced"
-    assert verdict(None, "not lower", 1) == "not measured"
-
-
-def test_false_verdicts_are_as_rare_as_claimed():
-    draws = np.random.default_rng(3).normal(1, 1, size=(3000, 5))
-    words = [verdict(Contrast(*interval(d)[:3], n=5), "higher", 1.0) for d in draws]
-    share = pd.Series(words).value_counts(normalize=True)
-    assert abs(share["reproduced"] - 0.025) < 0.01 and abs(share["contradicted"] - 0.025) < 0.01
-
-
 # ---- from rows to a contrast ----
 
 CLAIM = Claim(
@@ -170,19 +105,15 @@ def rows(x=HIGH, y=LOW, status=("done",) * 6):
     return pd.DataFrame(sides | dict(k=64) | runs)
 
 
-def word(table):
-    found = contrast(CLAIM, table)
-    return verdict(found and found[0], CLAIM.says, CLAIM.limit)
-
-
-def test_four_outcomes_from_rows():
-    assert word(rows()) == "reproduced"
-    assert word(rows(LOW, HIGH)) == "contradicted"
-    assert word(rows((0.9, 0.1, 0.5))) == "undecided"
+def test_a_contrast_from_rows():
+    found, metric = contrast(CLAIM, rows())
+    expected = scipy_stats.ttest_rel(HIGH, LOW).confidence_interval()
+    np.testing.assert_allclose(found[1:3], expected, rtol=1e-9)
+    assert (metric, found.n) == ("usage", 3)
+    assert contrast(CLAIM, rows(LOW, HIGH))[0].effect == pytest.approx(-found.effect)
     without = [rows()[:0], rows()[:3], rows().assign(k=32)]
     without += [rows().drop(columns="usage"), rows().drop(columns="tuned")]
-    assert [word(table) for table in without] == ["not measured"] * 5
-    assert set(VERDICTS) == {"reproduced", "contradicted", "undecided", "not measured"}
+    assert [contrast(CLAIM, table) for table in without] == [None] * 5
 
 
 def test_failed_and_diverged_seeds():
@@ -192,9 +123,8 @@ def test_failed_and_diverged_seeds():
     assert (failed.n, failed.unknown) == (2, 1)
     # more usage is better, so diverging counts as the least
     assert (diverged.n, diverged.down) == (2, 1)
-    assert verdict(failed, "higher", 0.05) == verdict(diverged, "higher", 0.05) == "undecided"
     every, _ = contrast(CLAIM, rows(status=["diverged"] * 6))
-    assert (every.n, every.unknown) == (0, 3) and verdict(every, "higher", 0.05) == "undecided"
+    assert (every.n, every.unknown) == (0, 3) and math.isnan(every.effect)
 
 
 def test_truth_values_read_from_text(tmp_path):
