@@ -74,18 +74,23 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)python .ci/readme.py
 
 # ---- the study ----
-# SCALE=smoke|desk|gpu|paper, SWEEP="names" (none: all of the scale), BUDGET=seconds, MISSING=1 (only what data/results lacks), ARGS for Snakemake
+# SCALE=smoke|desk|gpu|paper, SWEEP="names" (none: all of the scale), BUDGET=seconds, MISSING=1 (only what data/results lacks), ARGS for Snakemake,
+# DIRTY=1 (desk and above: also from changes that are in no commit), BFLOAT16=1 (also on a CPU without instructions for it)
 SCALE ?= smoke
 SWEEP ?=
 BUDGET ?=
 MISSING ?=
+DIRTY ?=
+BFLOAT16 ?=
+COMMIT ?=
+FRESH ?=
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 ARGS ?=
 ENGINE = $(BIN)python -m snakemake --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$$(($(GPUS) * $${VQSTUDY_GPU_SLOTS:-1}))) --keep-going --nolock --drop-metadata \
-  --quiet rules host reason --config scale=$(SCALE) sweep="$(SWEEP)" budget=$(BUDGET) missing=$(MISSING)
+  --quiet rules host reason --config scale=$(SCALE) sweep="$(SWEEP)" budget=$(BUDGET) missing=$(MISSING) dirty=$(DIRTY) bfloat16=$(BFLOAT16)
 
-.PHONY: study resume dry-run bench figures
+.PHONY: study resume dry-run sweep confirm bench figures
 study: $(READY)  ## run what is missing or stale, collect, draw: make study SCALE=desk SWEEP=huh_tab03 BUDGET=600
 	$(ENGINE) $(ARGS)
 
@@ -93,6 +98,14 @@ resume: study  ## go on after a failure, a kill or a time budget (the same as st
 
 dry-run: $(READY)  ## list the cells: what is here, what is in the results, what would run
 	$(BIN)python -m vqstudy.study plan --scale $(SCALE) --sweep "$(SWEEP)" $(if $(MISSING),--missing)
+
+sweep: MISSING = 1
+sweep: $(READY)  ## run one sweep from a worktree of a commit of its own, beside which you can edit: make sweep SWEEP=huh_tab03 SCALE=desk COMMIT=1 (rows are committed as they come), FRESH=1 (begin again)
+	$(BIN)python -m vqstudy.study sweep --scale $(if $(filter smoke,$(SCALE)),desk,$(SCALE)) --sweep "$(SWEEP)" $(if $(FRESH),--fresh) $(if $(COMMIT),--commit) -- \
+	  $(subst scale=smoke,scale=desk,$(ENGINE)) $(ARGS)
+
+confirm: $(READY)  ## after a change of the code: run a few cells again, whose rows are current if nothing changed: make confirm SWEEP=huh_tab03
+	$(BIN)python -m vqstudy.study confirm --scale $(if $(filter smoke,$(SCALE)),desk,$(SCALE)) --sweep "$(SWEEP)" $(if $(DIRTY),--dirty)
 
 bench: $(READY)  ## measure speed and memory against peers, collect, draw; one cell at a time, on a quiet machine (SCALE=gpu: on a GPU)
 	$(MAKE) study SCALE=$(if $(filter gpu,$(SCALE)),gpu,desk) SWEEP="bench_search bench_step bench_router bench_overhead" CORES=2

@@ -20,8 +20,13 @@ FLAGS = "data/runs/.engine"
 try:
     MISSING = study.option("MISSING", config.get("missing")) != 0
     BUDGET = study.option("BUDGET", config.get("budget"))
+    DIRTY = study.option("DIRTY", config.get("dirty")) != 0
+    BFLOAT16 = study.option("BFLOAT16", config.get("bfloat16")) != 0
     SWEEPS = study.chosen(config.get("sweep"), SCALE)
     CELLS, TABLES, FIGURES = study.todo(SWEEPS, SCALE, MISSING)
+    if os.environ.get("VQSTUDY_ROWS"):
+        # a sweep in its worktree leaves rows; figures are drawn where they are merged
+        FIGURES = []
 except study.REFUSALS as error:
     sys.exit(f"refused, nothing was run: {error}")
 if {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
@@ -77,7 +82,14 @@ rule study:
         [f"{CALL}/figure/{stem}" for stem in FIGURES],
 
 
+def parents(wildcards):
+    "The cells of this call whose weights a cell takes."
+    needed = BY_ID[wildcards.cell].parents.values()
+    return [f"{wildcards.call}/cell/{cell.id}" for cell in needed if cell.id in BY_ID]
+
+
 rule cell:
+    input: parents
     output: touch("{call}/cell/{cell}")
     threads: lambda wildcards: int(BY_ID[wildcards.cell].parameters.get("threads", 1))
     resources: gpu=lambda wildcards: int(study.wants_gpu(BY_ID[wildcards.cell]))
@@ -91,9 +103,10 @@ rule table:
     input: sweep_cells
     output: touch("{call}/table/{sweep}")
     localrule: True
+    params: dirty="--dirty" if DIRTY else ""
     shell:
         "{PYTHON:q} -m vqstudy.study collect --scale {SCALE:q}"
-        " --sweep {wildcards.sweep:q} > /dev/null"
+        " --sweep {wildcards.sweep:q} {params.dirty} > /dev/null"
 
 
 rule figure:
@@ -106,14 +119,25 @@ rule figure:
 def leave():
     shutil.rmtree(CALL, ignore_errors=True)
     print(study.report(SWEEPS, SCALE), flush=True)
+    if os.environ.get("VQSTUDY_ROWS"):
+        print(study.rows_left(SWEEPS[0], SCALE), flush=True)
 
 
 onstart:
     # on a cluster the nodes may have what this machine has not
     if workflow.local_exec and (lacks := study.lacking(CELLS)):
         sys.exit(f"refused, nothing was run: {lacks}")
+    slow = "" if BFLOAT16 or not workflow.local_exec else study.slow_bfloat16(CELLS)
+    if slow:
+        sys.exit(f"refused, nothing was run: {slow}")
     if reason := study.commit()["commit_unknown"]:
         print(f"the records will name no commit: {reason}", file=sys.stderr, flush=True)
+    if SCALE != "smoke" and CELLS:
+        try:
+            # or it would be refused when all of them have run
+            study.require_clean("refused, nothing was run", DIRTY)
+        except ValueError as error:
+            sys.exit(str(error))
     if workflow.local_exec and any(map(study.wants_gpu, CELLS)) and not study.gpus():
         reason = f"the cells want a GPU (scale {SCALE}) and there is none"
         sys.exit(f"refused, nothing was run: {reason}")
@@ -132,5 +156,8 @@ onsuccess:
 # failed cells keep no other from the tables
 onerror:
     for name in SWEEPS:
-        study.collect(name, SCALE)
+        try:
+            study.collect(name, SCALE, DIRTY)
+        except study.REFUSALS as error:
+            print(error, flush=True)
     leave()

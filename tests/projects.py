@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 import nbformat
 import numpy as np
-from vqstudy import records
+from vqstudy import files, records
 from vqstudy.cells import Cell
 
 PYTHON = dict(name="python3", display_name="python3", language="python")
@@ -25,7 +25,7 @@ def new_project(folder: Path, parameters: str, code: str, **sweeps: str) -> Path
     (folder / "settings.ini").write_text("[DEFAULT]\nlib_name = vqstudy\n")
     notebook(folder / "nbs/runs/walk.ipynb", parameters, code)
     for name, text in sweeps.items():
-        records.write(folder / f"nbs/sweeps/{name}.yaml", text)
+        files.write(folder / f"nbs/sweeps/{name}.yaml", text)
     return folder
 
 
@@ -37,15 +37,18 @@ def leave(
     seconds: float = 1.0,
     history: list[dict] = [],
     samples: bool = False,
+    lengths: list[dict] = [],         # instead of metrics
+    **provenance: Any,
 ) -> None:
     "A record, or the note of a failure, as a run leaves it."
-    past = dict(fingerprint=code or cell.fingerprint)
+    past = dict(fingerprint=code or cell.fingerprint) | provenance
     cost = dict(seconds=seconds)
     if status == "failed":
         error = "ValueError: no"
         note = records.make_record(cell.id, cell.parameters, past, status, {}, cost, error)
-        records.write(cell.work / "failed.json", json.dumps(note))
+        files.write(cell.work / "failed.json", json.dumps(note))
     else:
-        record = records.make_record(cell.id, cell.parameters, past, status, metrics, cost)
+        given = dict(metrics=metrics, cost=cost, lengths=lengths)
+        record = records.make_record(cell.id, cell.parameters, past, status, **given)
         pair = np.zeros((2, 4, 3, 8, 8), "uint8") if samples else None
         records.save_record(cell.folder, record, history, pair)

@@ -345,6 +345,221 @@ def test_time_budget(tmp_path):
     assert sorted(row["resumed"] for row in project.rows()) == ["False", "False", "True"]
 
 
+# ---- evidence is from a commit ----
+
+
+class CommittedProject(Project):
+    "A project whose first commit holds everything."
+
+    def __init__(self, folder, **sweeps):
+        super().__init__(folder, **sweeps)
+        who = dict(NAME="a", EMAIL="a@b.c")
+        roles = ("AUTHOR", "COMMITTER")
+        self.env |= {f"GIT_{role}_{key}": value for role in roles for key, value in who.items()}
+        (folder / ".gitignore").write_text("__pycache__/\n.snakemake/\n/data/*\n!/data/results/\n")
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+            self.git(*words)
+
+    def git(self, *words):
+        command = ["git", *words]
+        where = dict(cwd=self.folder, env=self.env, capture_output=True, text=True)
+        done = subprocess.run(command, **where)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def desk(self, name="walks"):
+        with open(self.folder / f"data/results/{name}.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def test_desk_is_run_from_a_commit(tmp_path):
+    walks = "{notebook: walk, metric: distance, seeds: [0, 1], scales: {desk: {}}}"
+    project = CommittedProject(tmp_path, walks=walks)
+    (tmp_path / "vqstudy/new.py").write_text("")
+    code, shown = project.make("study", "SCALE=desk")
+    refused = "refused, nothing was run: the tree has changes that are in no commit: vqstudy/new.py"
+    assert code != 0 and refused in shown and "Traceback" not in shown, shown
+    assert not (tmp_path / "data/runs/desk").exists()
+    code, shown = project.make("study", "SCALE=desk", "DIRTY=1")
+    assert code == 0 and [row["status"] for row in project.desk()] == ["done", "done"], shown
+    notes = json.loads((tmp_path / "data/results/walks.json").read_text())["cells"]["desk"]
+    assert {(note["dirty"], note["collected_dirty"]) for note in notes.values()} == {(True, True)}
+
+
+def tree(project, name="walks"):
+    return project.folder / f"data/runs/.sweeps/{name}-desk"
+
+
+def swept(project):
+    "By cell, when the records of the worktree were written."
+    files = tree(project).glob("data/runs/desk/*/record.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_sweep_in_its_worktree_while_the_tree_is_edited(tmp_path):
+    grid = "grid: {method: [quick, bad]}, seeds: [0, 1], scales: {desk: {}}"
+    walks = f"{{notebook: walk, metric: distance, figures: [walks], {grid}}}"
+    here = tmp_path / "here"
+    project = CommittedProject(here, walks=walks)
+    head = project.git("rev-parse", "HEAD")
+    # edited beside it, also in a way that would break a run
+    (here / "vqstudy/toy.py").write_text("def walk(method, seed): return 7")
+    (here / "nbs/runs/walk.ipynb").write_text("")
+    notebook(here / "nbs/runs/walk.ipynb", *WALK[:1], "edited")
+    code, shown = project.make("sweep", "SWEEP=walks", "COMMIT=1")
+    assert code != 0 and "predicted machine time: unknown" in shown, shown
+    assert shown.index("predicted machine time") < shown.index("FAILED") and head[:12] in shown
+    assert "2 of 4 cells done; `make sweep SCALE=desk SWEEP" in shown
+    assert "its rows are taken over by: git merge rows/walks-desk" in shown
+    assert not (here / "data").joinpath("results").exists() and not (here / "figures").exists()
+    log = project.git("log", "--format=%s", "rows/walks-desk", "--", "data/results").splitlines()
+    assert log[0].startswith("Rows of walks at desk: ") and len(log) >= 2, "committed as they come"
+    notes = project.git("show", "rows/walks-desk:data/results/walks.json")
+    quick = {note["commit"] for note in json.loads(notes)["cells"]["desk"].values()}
+    for commit in quick:
+        project.git("merge-base", "--is-ancestor", head, commit)
+
+    # it goes on where it stopped, with the code that it began with
+    before = swept(project)
+    assert len(before) == 2
+    code, shown = project.make("sweep", "SWEEP=walks")
+    assert code != 0 and "2 of 4 cells would run" in shown and swept(project) == before
+    project.git("commit", "-qam", "edited")
+    code, shown = project.make("sweep", "SWEEP=walks")
+    assert f"its code is that of {head[:12]}" in shown and "FRESH=1 begins again" in shown
+    code, shown = project.make("sweep", "SWEEP=walks", "FRESH=1")
+    assert code != 0 and "branch rows/walks-desk has rows that are not merged" in shown
+
+    # another machine, which has what is committed: nothing that is there runs again
+    there = Project.__new__(CommittedProject)
+    there.folder, there.venv = tmp_path / "there", "VENV=none"
+    there.env = project.env | dict(PYTHONPATH=str(there.folder))
+    command = ["git", "clone", "-q", str(here), str(there.folder)]
+    subprocess.run(command, check=True, env=project.env)
+    code, shown = there.make("sweep", "SWEEP=walks")
+    assert "2 of 4 cells would run" in shown and swept(there) == {}, shown
+
+    project.git("merge", "-q", "rows/walks-desk")
+    rows = [(row["method"], row["status"], row["distance"]) for row in project.desk()]
+    assert rows.count(("quick", "done", "0.5")) == 1 and len(rows) == 4, rows
+
+
+BFLOAT16 = "autocast: str = 'bfloat16'\n"
+
+
+def test_bfloat16_is_refused_on_a_processor_without_it(tmp_path):
+    talks = "{notebook: talk, scales: {desk: {}}}"
+    project = CommittedProject(tmp_path, talks=talks)
+    notebook(tmp_path / "nbs/runs/talk.ipynb", BFLOAT16 + TALK[0], *TALK[1:])
+    module = tmp_path / "vqstudy/processes.py"
+    module.write_text(module.read_text().replace("/proc/cpuinfo", "cpuinfo.txt"))
+    (tmp_path / "cpuinfo.txt").write_text("flags : sse avx512f\n")
+    project.git("commit", "-qam", "half")
+    code, shown = project.make("study", "SCALE=desk")
+    refused = "refused, nothing was run: 1 of 1 cells train in bfloat16"
+    assert code != 0 and refused in shown and "Traceback" not in shown, shown
+    assert not (tmp_path / "data/runs/desk").exists()
+    code, shown = project.make("study", "SCALE=desk", "BFLOAT16=1")
+    assert code == 0 and "1 of 1 cells done" in shown, shown
+
+
+def test_a_neutral_change_is_confirmed_and_a_real_one_is_not(tmp_path):
+    grid = "grid: {method: [quick, slow]}, seeds: [0, 1], scales: {desk: {}}"
+    project = CommittedProject(tmp_path, walks=f"{{notebook: walk, metric: distance, {grid}}}")
+    code, shown = project.make("study", "SCALE=desk")
+    assert code == 0 and len(project.desk()) == 4, shown
+    old, head = project.desk()[0]["fingerprint"], project.git("rev-parse", "HEAD")
+    toy, records = tmp_path / "vqstudy/toy.py", tmp_path / "data/runs/desk"
+    shutil.rmtree(records)
+
+    toy.write_text(TOY.replace("seed + .5", ".5 + seed"))
+    code, shown = project.make("confirm", "SWEEP=walks")
+    assert code != 0 and "the tree has changes that are in no commit: vqstudy/toy.py" in shown
+    assert not records.exists()
+    project.git("commit", "-qam", "neutral")
+    code, shown = project.make("confirm", "SWEEP=walks")
+    new = {row["fingerprint"] for row in project.desk()}
+    assert code == 0 and len(new) == 1 and old not in new, shown
+    assert shown.count("the same; 2 rows take the fingerprint") == 2
+    ran = [json.loads(path.read_text()) for path in records.glob("*/record.json")]
+    assert sorted(record["parameters"]["seed"] for record in ran) == [0, 0]
+    notes = json.loads((tmp_path / "data/results/walks.json").read_text())["cells"]["desk"]
+    for note in notes.values():
+        assert note["commit"] == head and note["confirmed"]["was"] == old
+        assert note["confirmed"]["commit"] == project.git("rev-parse", "HEAD")
+        assert note["confirmed"]["by"] in {record["cell"] for record in ran}
+    code, shown = project.make("dry-run", "SCALE=desk", "MISSING=1")
+    assert "0 of 4 cells would run" in shown
+
+    toy.write_text(TOY.replace("seed + .5", "seed + (.5 if method == 'quick' else .75)"))
+    project.git("commit", "-qam", "real")
+    code, shown = project.make("confirm", "SWEEP=walks")
+    assert code != 0 and "slow · seed 0: not the same; 2 rows stay stale\n" in shown, shown
+    assert "  metric distance: 0.75, was 0.5\n" in shown and "quick · seed 0: the same" in shown
+    known = {row["method"]: row["fingerprint"] for row in project.desk()}
+    assert {known["slow"]} == new and {known["quick"]} != new
+
+
+# ---- weights that one cell keeps and another takes ----
+
+TOKENIZER = [
+    "method: str = 'quick'\nseed: int = 0\nout: str = ''",
+    "import torch\nfrom vqstudy.study import Run\nrun = Run('tokenizer', globals())",
+    "run.save(dict(mse=seed), weights=dict(w=torch.full((2,), 1.5 + seed)))",
+]
+PRIOR = [
+    "tokenizer: str = ''\nmethod: str = ''\nseed: int = 0\nout: str = ''",
+    """
+import time
+from pathlib import Path
+from vqstudy.study import Run
+run = Run("prior", globals())
+Path(f"begun.{seed}").touch()
+while Path("hold").exists(): time.sleep(.1)
+""",
+    "w = run.parent('tokenizer').weights['w']\nrun.save(dict(far=float(w.sum())))",
+]
+
+
+def test_a_parent_runs_first_and_stays_when_the_child_is_killed(tmp_path):
+    grid = "grid: {method: [quick]}, seeds: [0, 1]"
+    kept = f"{{notebook: tokenizer, weights: keep, {grid}, scales: {{smoke: {{}}}}}}"
+    need = "needs: {tokenizer: kept}, metric: far"
+    priors = f"{{notebook: prior, {need}, {grid}, scales: {{smoke: {{seeds: [1]}}}}}}"
+    project = Project(tmp_path, kept=kept, priors=priors)
+    for name, sources in dict(tokenizer=TOKENIZER, prior=PRIOR).items():
+        notebook(tmp_path / f"nbs/runs/{name}.ipynb", *sources)
+    (tmp_path / "hold").touch()
+    command = ["make", "-n", "VENV=none", "CORES=2", "study", "SWEEP=priors"]
+    where = dict(cwd=tmp_path, env=project.env)
+    shown = subprocess.run(command, **where, capture_output=True, text=True).stdout
+    with open(tmp_path / "engine.log", "w") as log:
+        engine = subprocess.Popen(f"exec {shown}", shell=True, **where, stdout=log, stderr=log)
+    wait_for((tmp_path / "begun.1").exists, what="the child's start")
+    family = psutil.Process(engine.pid).children(recursive=True)
+    engine.kill()
+    engine.wait()
+    wait_for(lambda: not running(family), 10, "the end of all processes")
+
+    (tmp_path / "hold").unlink()
+    (before,) = project.records().items()
+    assert before[0].startswith("tokenizer-"), "of the two parents the one that is needed"
+    code, shown = project.make("resume", "SWEEP=priors")
+    assert code == 0 and "1 of 1 cells done" in shown and "far 5" in shown, shown
+    assert before in project.records().items(), "the parent ran again"
+    (row,) = project.rows("priors")
+    assert row["far"] == "5.0" and row["tokenizer"] == before[0]
+    notes = json.loads((tmp_path / RECORDS / "results/priors.json").read_text())
+    (past,) = notes["cells"]["smoke"].values()
+    whole = json.loads(before[1][0])["provenance"]
+    assert past["parents"]["tokenizer"]["weights"] == whole["weights"]
+
+    # a notebook that does not take them is told so
+    notebook(tmp_path / "nbs/runs/prior.ipynb", *PRIOR[:2], "run.save(dict(far=0))")
+    code, shown = project.make("study", "SWEEP=priors")
+    assert code != 0 and "the notebook did not take the weights of tokenizer" in shown, shown
+
+
 # ---- which Python ----
 
 

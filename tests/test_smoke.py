@@ -4,7 +4,7 @@ import subprocess
 import sys
 import pytest
 from vqstudy.cells import plan, root, sweep, sweeps
-from vqstudy.records import found, results, results_folder, state
+from vqstudy.records import entries, found, results, results_folder, state
 from vqstudy.study import toys
 
 SMOKE = [(name, stem) for name in sweeps("smoke") for stem in sweep(name)["figures"]]
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.skipif(
 def test_every_cell_left_a_whole_record(name):
     cells = plan(name, "smoke")
     assert {state(cell) for cell in cells} == {"done"}
-    rows = results(name, "smoke").set_index("cell")
+    rows = results(name, "smoke").groupby("cell").last()
     for cell in cells:
         record = found(cell)
         assert record["status"] == "done" and record["parameters"] == cell.parameters
         files = {path.name for path in cell.folder.iterdir()}
         assert files >= FILES
         assert "samples.png" in files or cell.notebook != "reconstruct"
-        value = record["metrics"][cell.metric]
+        value = entries(record)[-1].metrics[cell.metric]
         assert rows.loc[cell.id, cell.metric] == pytest.approx(value, rel=1e-12)
 
 

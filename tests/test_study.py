@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from projects import leave, new_project, notebook
-from vqstudy import cells, processes, records, study, tuning
+from vqstudy import cells, code, files, processes, provenance, records, study, tuning
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """lr: float = 0.1
@@ -36,7 +36,7 @@ scales: {smoke: {}, desk: {}, gpu: {seeds: [7]}}
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     new_project(tmp_path, PARAMETERS, USES_TOY, walks=WALKS)
-    records.write(tmp_path / "vqstudy/toy.py", "def walk(): pass")
+    files.write(tmp_path / "vqstudy/toy.py", "def walk(): pass")
     monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
     return tmp_path
 
@@ -61,15 +61,130 @@ literals = st.one_of(
 def test_id_depends_on_names_and_values_alone(parameters, random):
     names = list(parameters)
     random.shuffle(names)
-    name = cells.cell_id("walk", parameters)
-    assert name == cells.cell_id("walk", {key: parameters[key] for key in names})
-    assert name == cells.cell_id("walk", json.loads(json.dumps(parameters)))
+    name = cells.cell_id("walk", parameters, {})
+    assert name == cells.cell_id("walk", {key: parameters[key] for key in names}, {})
+    assert name == cells.cell_id("walk", json.loads(json.dumps(parameters)), {})
     assert len(name) == len("walk-") + 12
-    assert name != cells.cell_id("walk", parameters | {"new parameter": 0})
+    more = parameters | {"new parameter": 0}
+    assert name != cells.cell_id("walk", more, {})
+    assert name == cells.cell_id("walk", more, {"new parameter": 0})
 
 
 def test_id_tells_types_apart():
-    assert len({cells.cell_id("w", dict(x=x)) for x in (1, 1.0, "1", True, [1])}) == 5
+    values = (1, 1.0, "1", True, [1])
+    assert len({cells.cell_id("w", dict(x=x), {}) for x in values}) == 5
+    assert len({cells.cell_id("w", dict(x=x), dict(x=1)) for x in values}) == 5
+
+
+# ---- ids and defaults ----
+
+
+@pytest.fixture
+def reconstruct(tmp_path, monkeypatch):
+    "The notebook that trains autoencoders, its sweep of Table 3, and no code."
+    book = json.loads((ROOT / "nbs/runs/reconstruct.ipynb").read_text())
+    (tagged,) = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    sweep = (ROOT / "nbs/sweeps/huh_tab03.yaml").read_text()
+    new_project(tmp_path, PARAMETERS, "1", table=sweep)
+    notebook(tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"]))
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    return tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"])
+
+
+def ids_of(name):
+    return {scale: [cell.id for cell in cells.plan(name, scale)] for scale in ("smoke", "desk")}
+
+
+def test_a_new_parameter_with_a_neutral_default_leaves_every_id(reconstruct):
+    path, declared = reconstruct
+    before, old = ids_of("table"), code.fingerprint("reconstruct")
+    notebook(path, 'moons: int = 0  # of the quantizer\nshades: list = ["none"]\n' + declared)
+    assert ids_of("table") == before and code.fingerprint("reconstruct") != old
+    assert cells.plan("table", "desk")[0].parameters["shades"] == ["none"]
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_changed_default_changes_the_ids_of_those_that_relied_on_it(reconstruct, collected):
+    path, declared = reconstruct
+    old = "watch_limit: int = 2000"
+    assert old in declared
+    where = path.parents[2] / cells.DEFAULTS
+    if collected:
+        cell = cells.plan("table", "desk")[0]
+        leave(cell, dict(mse=1.0))
+        records.collect("table", "desk")
+        assert json.loads(where.read_text())["reconstruct"]["watch_limit"] == 2000
+    says = cells.check("reconstruct", dict(watch_limit=2000))
+    before = ids_of("table"), cells.cell_id("reconstruct", says)
+    notebook(path, declared.replace(old, "watch_limit: int = 3000"))
+    after = ids_of("table"), cells.cell_id("reconstruct", says)
+    # at desk the sweep says 500 itself, so only what relied on the default may change
+    assert after[0] == before[0]
+    unsaid = cells.cell_id("reconstruct", cells.check("reconstruct", {}))
+    # a row of 2,000 is there under the old id, or there is none that could be taken for another
+    assert (unsaid == before[1]) is not collected
+    assert (after[1] == before[1]) is collected
+
+
+def test_the_first_default_counts_also_where_it_changes_twice(project):
+    path = project / "nbs/runs/walk.ipynb"
+    leave(cells.plan("walks", "desk")[0], dict(metric=1.0))
+    records.collect("walks", "desk")
+    first = ids_of("walks")["desk"]
+    for lr in (0.2, 0.3):
+        notebook(path, PARAMETERS.replace("lr: float = 0.1", f"lr: float = {lr}"), USES_TOY)
+        assert not set(first) & set(ids_of("walks")["desk"])
+        leave(cells.plan("walks", "desk")[0], dict(metric=lr))
+        records.collect("walks", "desk")
+    notebook(path, PARAMETERS, USES_TOY)
+    assert ids_of("walks")["desk"] == first
+    rows = files.read_table(project / "data/results/walks.csv")
+    assert sorted(row["lr"] for row in rows) == ["0.1", "0.2", "0.3"]
+
+
+def test_smoke_results_make_no_neutral_values(project):
+    leave(cells.plan("walks", "smoke")[0], dict(metric=1.0))
+    records.collect("walks", "smoke")
+    assert not (project / cells.DEFAULTS).exists()
+
+
+def test_ids_are_computed_again_from_the_rows(figured):
+    table = figured.parents[2] / "data/results/walks.csv"
+    paths = sorted(table.parent.glob("walks.*"))
+    known = [path.read_text() for path in paths]
+    planned = cells.plan("walks", "desk")
+    for path, text in zip(paths, known):
+        for number, cell in enumerate(planned):
+            text = text.replace(cell.id, f"walk-{number}")
+        path.write_text(text)
+    assert set(records.in_results(planned).values()) == {"missing"}
+    assert study.main(["rename", "--sweep", "walks"]) == 0
+    assert [path.read_text() for path in paths] == known
+    assert set(records.in_results(planned).values()) == {"current"}
+
+
+def test_a_row_says_its_parameters(project):
+    given = dict(lr=2.0, taps=[3], tuned=True, method="b", seed=4)
+    whole = cells.check("walk", given)
+    row = {name: files.text(value) for name, value in whole.items()} | dict(old="x", gone="[1]")
+    names = [*whole, "old", "gone"]
+    assert records.asked(row, names, "walk") == whole | dict(old="x", gone=[1])
+    # a parameter that is newer than the row has no field, or an empty one
+    newer = {name: "" if name == "taps" else field for name, field in row.items()}
+    del newer["lr"]
+    told = records.asked(newer, list(whole), "walk")
+    assert told == {name: whole[name] for name in whole if name not in ("lr", "taps")}
+
+
+@pytest.mark.parametrize("name", cells.sweeps())
+def test_committed_rows_have_the_ids_of_their_parameters(name):
+    path = records.results_folder("desk") / f"{name}.csv"
+    if not path.is_file():
+        pytest.skip("not measured yet")
+    stem = cells.sweep(name)["notebook"]
+    names = json.loads(path.with_suffix(".json").read_text())["columns"]["parameters"]
+    for row in files.read_table(path):
+        assert row["cell"] == cells.cell_id(stem, records.asked(row, names, stem))
 
 
 @given(value=literals)
@@ -173,21 +288,21 @@ OTHER_CODE = {
 def test_how_code_is_written_does_not_count(change):
     old, new = SAME_CODE[change]
     assert old in MODULE
-    assert cells.code_digest(MODULE.replace(old, new)) == cells.code_digest(MODULE)
+    assert code.code_digest(MODULE.replace(old, new)) == code.code_digest(MODULE)
 
 
 @pytest.mark.parametrize("change", OTHER_CODE)
 def test_what_code_does_counts(change):
     old, new = OTHER_CODE[change]
     assert old in MODULE
-    assert cells.code_digest(MODULE.replace(old, new)) != cells.code_digest(MODULE)
+    assert code.code_digest(MODULE.replace(old, new)) != code.code_digest(MODULE)
 
 
 def test_annotations_count_where_a_decorator_may_read_them():
     kernel = "@triton.jit\ndef kernel(x, wide: tl.constexpr): pass"
-    assert cells.code_digest(kernel) != cells.code_digest(kernel.replace(": tl.constexpr", ""))
+    assert code.code_digest(kernel) != code.code_digest(kernel.replace(": tl.constexpr", ""))
     plain = "@torch.no_grad()\n@property\ndef width(self) -> int: return 1"
-    assert cells.code_digest(plain) == cells.code_digest(plain.replace(" -> int", ""))
+    assert code.code_digest(plain) == code.code_digest(plain.replace(" -> int", ""))
 
 
 GOLDEN = r'''
@@ -262,7 +377,7 @@ def pythons():
 
 
 def test_every_python_gives_the_same_digest():
-    code = "import sys; from vqstudy.cells import code_digest; print(code_digest(sys.stdin.read()))"
+    code = "import sys; from vqstudy.code import code_digest; print(code_digest(sys.stdin.read()))"
     env = dict(os.environ, PYTHONUTF8="1", PYTHONPATH=str(ROOT))
     env.pop("PYTHONHOME", None)
     digests = {}
@@ -278,25 +393,25 @@ def test_every_python_gives_the_same_digest():
 def test_fingerprint_sees_code_and_nothing_else(project):
     path = project / "nbs/runs/walk.ipynb"
     toy = project / "vqstudy/toy.py"
-    before = cells.fingerprint("walk")
+    before = code.fingerprint("walk")
     shown = [nbformat.v4.new_output("stream", text="ran")]
     notebook(path, PARAMETERS, USES_TOY + "  # of a toy", outputs=shown)
     os.utime(toy, (0, 0))
     toy.write_text('"A toy."\n\ndef walk() -> None:\n    pass\n')
     (project / "vqstudy/unused.py").write_text("x = 1")
-    assert cells.fingerprint("walk") == before
+    assert code.fingerprint("walk") == before
     notebook(path, PARAMETERS, "", USES_TOY)
-    assert cells.fingerprint("walk") == before, "an empty cell"
+    assert code.fingerprint("walk") == before, "an empty cell"
     notebook(path, PARAMETERS, "%matplotlib inline", USES_TOY)
-    assert cells.fingerprint("walk") != before, "a magic"
+    assert code.fingerprint("walk") != before, "a magic"
     notebook(path, PARAMETERS.replace("steps: int = 3", "steps: int = 4"), USES_TOY)
-    assert cells.fingerprint("walk") != before, "a default"
+    assert code.fingerprint("walk") != before, "a default"
     notebook(path, PARAMETERS, USES_TOY)
     toy.write_text("def walk(): return 1")
-    assert cells.fingerprint("walk") != before, "a module"
+    assert code.fingerprint("walk") != before, "a module"
     toy.write_text("def walk(:")
     with pytest.raises(ValueError, match="does not parse"):
-        cells.fingerprint("walk")
+        code.fingerprint("walk")
 
 
 def test_rows_of_older_code_are_stale_and_stay(project):
@@ -317,15 +432,15 @@ def test_committed_rows_are_read_and_the_dry_run_tells_how_old_they_are(name):
     if not (records.results_folder("desk") / f"{name}.csv").is_file():
         pytest.skip("not measured yet")
     planned = cells.plan(name, "desk")
-    rows = records.results(name, "desk").set_index("cell")
+    rows = records.results(name, "desk")
     states = records.in_results(planned)
     for cell in planned:
-        if cell.id not in rows.index:
+        mine = rows[(rows.cell == cell.id) & (rows.status != "failed")]
+        if len(mine) < max(1, len(cell.lengths)):
             assert states[cell.id] == "missing"
-            continue
-        row = rows.loc[cell.id]
-        kept = "current" if row["fingerprint"] == cell.fingerprint else "stale"
-        assert states[cell.id] == ("missing" if row["status"] == "failed" else kept)
+        else:
+            current = (mine.fingerprint == cell.fingerprint).all()
+            assert states[cell.id] == ("current" if current else "stale")
 
 
 # ---- plans ----
@@ -414,10 +529,11 @@ def test_keys_of_a_record_and_of_its_row(project):
     run(cell, 0.5)
     record = json.loads((cell.folder / "record.json").read_text())
     assert list(record) == ["cell", "cost", "metrics", "parameters", "provenance", "status"]
-    past = records.provenance("walk", records.now())
-    code = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
-    code += ["commit", "dirty", "commit_unknown", "versions"]
-    assert list(past) == [*code, "device", "threads", "sweep", "scale", "started", "finished"]
+    past = provenance.provenance("walk", provenance.now())
+    keys = ["fingerprint", "notebook", "notebook_file", "notebook_hash", "notebook_verified"]
+    keys += ["commit", "dirty", "commit_unknown", "versions"]
+    place = ["device", "threads", "dataset_hash", "sweep", "scale", "started", "finished"]
+    assert list(past) == [*keys, *place]
 
 
 def test_values_that_are_not_finite(project):
@@ -459,17 +575,17 @@ def test_collect_loses_nothing_and_is_repeatable(project, events):
         have = expected.get((scale, cell.id))
         if have is None or RANK[status] >= RANK[have[0]]:
             expected[scale, cell.id] = status, "" if status == "failed" else str(position / 7)
-        files = contents(table)
+        before = contents(table)
         records.collect("walks", scale)
-        assert files == contents(table)
-    rows = records.read_table(table)
+        assert before == contents(table)
+    rows = files.read_table(table)
     known = {}
     for row in rows:
         status = "older" if row["fingerprint"] == "older" else row["status"]
         known[row["scale"], row["cell"]] = status, row.get("metric", "")
     assert known == expected
-    provenance = json.loads(table.with_suffix(".json").read_text())["cells"]
-    assert {(scale, cell) for scale in provenance for cell in provenance[scale]} == set(expected)
+    notes = json.loads(table.with_suffix(".json").read_text())["cells"]
+    assert {(scale, cell) for scale in notes for cell in notes[scale]} == set(expected)
     assert rows[0].keys() >= {*records.IDENTITY, "lr", "steps", "fingerprint"}
 
 
@@ -477,13 +593,27 @@ def test_columns_and_order(project):
     for cell in cells.plan("walks", "desk"):
         run(cell, 0.1)
     header, *lines = records.collect("walks", "desk").read_text().splitlines()
-    identity = "cell,sweep,scale,dataset,method,seed,status"
+    identity = "cell,sweep,scale,dataset,method,seed,updates,status"
     assert header == identity + ",lr,steps,taps,tuned,metric,seconds,fingerprint"
     order = [["a", "0"], ["a", "1"], ["b", "0"], ["b", "1"]]
-    assert [line.split(",")[4:7] for line in lines] == [[*each, "done"] for each in order]
+    assert [line.split(",")[4:8] for line in lines] == [[*each, "", "done"] for each in order]
     columns = ["cell", "scale", "epoch", "loss", "extra"]
     assert list(records.histories("walks", "desk").columns) == columns
     assert not records.samples("walks", "desk")  # no figure would show them
+
+
+def test_rows_of_a_method_and_seed_stand_by_their_parameters(project):
+    steps, rates = [65536, 1024, 8192], [0.5, 1e-5, 2.0, 0.1]
+    files.write(project / "nbs/sweeps/walks.yaml", f"""
+notebook: walk
+grid: {{lr: {[f"{x:f}" for x in rates]}, steps: {steps}}}
+scales: {{desk: {{}}}}
+""".replace("'", ""))
+    for cell in cells.plan("walks", "desk"):
+        run(cell, 0.1)
+    table = records.collect("walks", "desk")
+    known = [(float(row["lr"]), int(row["steps"])) for row in files.read_table(table)]
+    assert known == [(lr, n) for lr in sorted(rates) for n in sorted(steps)]
 
 
 @pytest.fixture
@@ -513,7 +643,219 @@ def test_the_picture_of_a_cell_no_longer_planned_gives_way(figured):
         table = records.collect("walks", "desk")
         kept = json.loads(table.with_suffix(".json").read_text())["samples"]
         lowest = sorted(cell.id for cell in planned if cell.parameters["seed"] == 0)
-        assert sorted(note["rank"][1] for note in kept.values()) == lowest
+        assert sorted(note["cell"] for note in kept.values()) == lowest
+
+
+# ---- lengths ----
+
+LONG = PARAMETERS + "lengths: list = []"
+BRANCHES = """
+notebook: walk
+metric: metric
+figures: [walks]
+fixed: {lengths: [10, 40]}
+grid: {method: [a, b]}
+seeds: [0, 1]
+scales: {desk: {}, gpu: {fixed: {lengths: [10, 20, 40]}}}
+"""
+
+
+@pytest.fixture
+def long(project):
+    "A sweep whose runs have lengths, and its cells at desk."
+    notebook(project / "nbs/runs/walk.ipynb", LONG, USES_TOY)
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES)
+    return cells.plan("walks", "desk")
+
+
+def by_length(cell, metric, status="done", code=None, reached=None, **options):
+    "A run that was measured at the lengths of its cell, or at those that it reached."
+    lengths = [dict(updates=n, metric=metric + n) for n in reached or cell.lengths]
+    trunk = [dict(step=n, loss=metric) for n in (8, 32)]
+    branches = [dict(step=n, loss=metric, length=n) for n in reached or cell.lengths]
+    rest = dict(history=[*trunk, *branches], samples=True, **options)
+    leave(cell, {}, status, code, lengths=[] if status == "failed" else lengths, **rest)
+
+
+def rows_of(cell):
+    table = files.read_table(records.results_folder(cell.scale) / f"{cell.sweep}.csv")
+    mine = [row for row in table if (row["scale"], row["cell"]) == (cell.scale, cell.id)]
+    return {row["updates"]: (row["status"], row.get("metric", "")) for row in mine}
+
+
+def test_a_row_per_cell_and_length(long):
+    for cell in long:
+        by_length(cell, 0.5)
+    table = records.collect("walks", "desk")
+    assert rows_of(long[0]) == {"10": ("done", "10.5"), "40": ("done", "40.5")}
+    frame = records.results("walks", "desk")
+    assert list(frame.updates) == [10, 40] * 4 and len(frame) == 8
+    assert list(frame.groupby(["method", "seed"]).cell.nunique()) == [1] * 4
+    curves = records.histories("walks", "desk")
+    mine = curves[curves.cell == long[0].id]
+    assert list(mine.step) == [8, 32, 10, 40]
+    assert list(mine.length.fillna(0)) == [0, 0, 10, 40]
+    before = contents(table)
+    records.collect("walks", "desk")
+    assert contents(table) == before
+    notes = json.loads(table.with_suffix(".json").read_text())
+    assert notes["columns"]["metrics"] == ["metric"]
+    assert list(records.in_results(long).values()) == ["current"] * 4
+
+
+def test_a_length_that_the_table_lacks_makes_the_cell_missing(long):
+    for cell in long:
+        by_length(cell, 0.5)
+    table = records.collect("walks", "desk")
+    lines = table.read_text().splitlines()
+    first, second, third = (cell.id for cell in long[:3])
+    gone = [line for line in lines if not (line.startswith(first) and ",40,done," in line)]
+    # one length by older code: the cell is stale
+    (other,) = [line for line in gone if second in line and ",10,done" in line]
+    older = other.replace(long[1].fingerprint, "older")
+    table.write_text("\n".join(gone).replace(other, older) + "\n")
+    states = records.in_results(long)
+    assert [states[name] for name in (first, second, third)] == ["missing", "stale", "current"]
+
+
+def test_other_lengths_are_other_cells_and_lose_no_row(long, project):
+    by_length(long[0], 0.5)
+    records.collect("walks", "desk")
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES.replace("[10, 40]", "[10, 20]"))
+    other = cells.plan("walks", "desk")[0]
+    by_length(other, 0.25)
+    records.collect("walks", "desk")
+    assert rows_of(long[0]) == {"10": ("done", "10.5"), "40": ("done", "40.5")}
+    assert rows_of(other) == {"10": ("done", "10.25"), "20": ("done", "20.25")}
+
+
+ENDS = ["done", "failed", "diverged", "late", "older"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(ENDS)), min_size=1, max_size=7))
+@example([(0, end) for end in ("failed", "older", "failed", "late", "done", "failed", "diverged")])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_collect_loses_no_length(long, project, ends):
+    shutil.rmtree(project / "data", ignore_errors=True)
+    expected = {}
+    for position, (index, end) in enumerate(ends):
+        cell = long[index]
+        whole = {str(n): ("done", str(n + position / 4)) for n in cell.lengths}
+        if end in ("done", "older"):
+            by_length(cell, position / 4, code="older" if end == "older" else None)
+        elif end == "late":
+            by_length(cell, position / 4, "diverged", reached=[10])
+            whole["40"] = "diverged", ""
+        else:
+            leave(cell, {}, end)
+            whole = {key: (end, "") for key in whole}
+        records.collect("walks", "desk")
+        shutil.rmtree(cell.folder.parent)
+        rank = dict(failed=0, older=1).get(end, 2)
+        if rank >= expected.get(cell.id, (-1,))[0]:
+            expected[cell.id] = rank, whole
+    for cell in long[:2]:
+        assert rows_of(cell) == expected.get(cell.id, (0, {}))[1]
+
+
+def test_a_result_takes_the_place_of_a_failure_whose_length_nobody_knew(project):
+    cell = cells.plan("walks", "desk")[0]
+    for status, code, metrics, after in (
+        ("failed", None, {}, {"": ("failed", "")}),
+        ("done", "older", dict(metric=1, updates=7), {"7": ("done", "1")}),
+        ("failed", None, {}, {"7": ("done", "1")}),
+        ("diverged", None, {}, {"": ("diverged", "")}),
+        ("done", None, dict(metric=2, updates=7), {"7": ("done", "2")}),
+    ):
+        leave(cell, metrics, status, code)
+        records.collect("walks", "desk")
+        shutil.rmtree(cell.folder.parent)
+        assert rows_of(cell) == after
+
+
+@pytest.mark.parametrize("metrics, cost, updates", [
+    (dict(updates=780), dict(steps=5), 780),
+    ({}, dict(steps=250), 250),
+    (dict(mse=1), {}, None),
+])
+def test_updates_of_a_run_without_lengths(metrics, cost, updates):
+    record = records.make_record("walk-0", {}, {}, "done", metrics, cost)
+    (entry,) = records.entries(record)
+    assert entry.updates == updates and "updates" not in entry.metrics
+
+
+WRONG_LENGTHS = [
+    ([dict(updates=40), dict(updates=10)], "more than the one before; got [40, 10]"),
+    ([dict(updates=10), dict(updates=10)], "more than the one before; got [10, 10]"),
+    ([dict(updates=10.0)], "a whole number above 0"),
+    ([dict(mse=1)], "got [None]"),
+    ([dict(updates=10, mse=1), dict(updates=40)], "metrics of the same names"),
+    ([dict(updates=10)], "[40] were asked for, and there are metrics of [10]"),
+    ([], "[10, 40] were asked for, and there are metrics of []"),
+]
+
+
+@pytest.mark.parametrize("lengths, why", WRONG_LENGTHS)
+def test_wrong_lengths_are_refused(lengths, why):
+    with pytest.raises(ValueError) as caught:
+        records.make_record("walk-0", dict(lengths=[10, 40]), {}, lengths=lengths)
+    assert why in str(caught.value)
+
+
+def test_metrics_or_lengths_and_no_parameter_of_that_name():
+    both = dict(metrics=dict(mse=1), lengths=[dict(updates=1)])
+    with pytest.raises(ValueError, match="metrics or lengths, got both"):
+        records.make_record("walk-0", {}, {}, **both)
+    with pytest.raises(ValueError, match="'updates': parameters, metrics and cost"):
+        records.make_record("walk-0", dict(updates=3), {})
+
+
+def test_a_history_of_a_length_that_was_not_measured_is_refused(long):
+    with pytest.raises(ValueError, match=r"history: length \[30\] is not in the record"):
+        lengths = [dict(updates=n, metric=0.5) for n in (10, 40)]
+        leave(long[0], {}, lengths=lengths, history=[dict(step=1, length=30)])
+    assert records.state(long[0]) == "missing"
+
+
+def test_the_picture_of_the_longest_run_is_kept(long, project):
+    short = BRANCHES.replace("[10, 40]", "[10]")
+    for text, updates in ((short, "10"), (BRANCHES, "40"), (short, "40")):
+        files.write(project / "nbs/sweeps/walks.yaml", text + "# planned are all\n")
+        for cell in cells.plan("walks", "desk")[::2]:
+            by_length(cell, 0.5)
+        table = records.collect("walks", "desk")
+        notes = json.loads(table.with_suffix(".json").read_text())["samples"]
+        # a picture whose cell is planned no longer gives way, whatever its length
+        now = "10" if text == short else "40"
+        assert [note["updates"] for note in notes.values()] == [now, now]
+
+
+def test_a_forecast_counts_a_run_of_several_lengths_once(long):
+    # .8 of 40 and .2 of 10 and 40 are 42 updates
+    by_length(long[0], 0.5, seconds=84)
+    assert list(study.predicted(long).values()) == pytest.approx([84] * 4)
+    records.collect("walks", "desk")
+    shutil.rmtree(long[0].folder)
+    assert list(study.predicted(long).values()) == pytest.approx([84] * 4)
+    longer = replace(long[1], parameters=long[1].parameters | dict(lengths=[10, 40, 100]))
+    assert study.predicted([long[0], longer])[longer.id] == pytest.approx(220)  # 110 updates
+    whole = replace(long[1], parameters=long[1].parameters | dict(lengths=[]))
+    assert study.predicted([long[0], whole])[whole.id] is None
+
+
+def test_run_and_wrapper_know_lengths(project, monkeypatch):
+    save = "from vqstudy.study import Run\nrun = Run('walk', globals())\n"
+    save += "run.save(lengths=[dict(updates=n, metric=n / 2) for n in lengths[:seed + 1]])"
+    notebook(project / "nbs/runs/walk.ipynb", LONG, save)
+    files.write(project / "nbs/sweeps/walks.yaml", BRANCHES)
+    short, whole = cells.plan("walks", "desk")[:2]
+    process, line = start(project, *words_for(whole))
+    assert process.wait(60) == 0 and "a · seed 1  metric  5 at 10, 20 at 40  " in line
+    process, line = start(project, *words_for(short))
+    assert process.wait(60) == 1
+    assert "FAILED: ValueError: lengths: [40] were asked for, and there are metrics" in line
 
 
 # ---- which notebook really ran ----
@@ -552,11 +894,11 @@ def kept(record):
 
 def test_the_notebook_itself_is_known(project):
     done, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS, steps=9)
-    (name, record), code = *left.items(), cells.fingerprint("walk")
+    (name, record), now = *left.items(), code.fingerprint("walk")
     assert name == record["cell"] and record["metrics"] == dict(far=3)
-    assert kept(record) == ("nbs/runs/walk.ipynb", True, code)
+    assert kept(record) == ("nbs/runs/walk.ipynb", True, now)
     whole = (project / "nbs/runs/walk.ipynb").read_bytes()
-    assert record["provenance"]["notebook_hash"] == cells.digest(whole)
+    assert record["provenance"]["notebook_hash"] == code.digest(whole)
     assert f"the record goes to data/runs/single/{name}" in (project / "out.ipynb").read_text()
 
 
@@ -574,20 +916,20 @@ EDITED = {
 def test_an_edited_copy_leaves_the_originals_record_alone(project, edit, api):
     sources, declared = EDITED[edit]
     _, left = papermill(project, "nbs/runs/walk.ipynb", *RUNS)
-    (cell, before), code = *left.items(), cells.fingerprint("walk")
+    (cell, before), now = *left.items(), code.fingerprint("walk")
     done, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared, api=api)
     assert left.pop(cell) == before, done
     (name, copy), = left.items()
     assert copy["cell"] == cell and name.startswith(f"{cell}.")
     file, verified, fingerprint = kept(copy)
-    assert verified is False and fingerprint != code
+    assert verified is False and fingerprint != now
     if api:
         assert (file, copy["provenance"]["notebook_hash"], fingerprint) == (None, None, None)
     else:
         assert file == "my_copy.ipynb" and name == f"{cell}.my_copy-edited"
-        assert fingerprint == cells.fingerprint(project / "my_copy.ipynb")
+        assert fingerprint == code.fingerprint(project / "my_copy.ipynb")
         whole = (project / "my_copy.ipynb").read_bytes()
-        assert copy["provenance"]["notebook_hash"] == cells.digest(whole)
+        assert copy["provenance"]["notebook_hash"] == code.digest(whole)
 
 
 SAME = {
@@ -604,7 +946,7 @@ def test_a_copy_of_the_same_code_is_the_notebook_and_says_its_name(project, chan
     _, left = papermill(project, "my_copy.ipynb", *sources, parameters=declared)
     (name, record), = left.items()
     assert name == record["cell"]
-    assert kept(record) == ("my_copy.ipynb", True, cells.fingerprint("walk"))
+    assert kept(record) == ("my_copy.ipynb", True, code.fingerprint("walk"))
     assert record["parameters"]["steps"] == (4 if change == "another default" else 3)
 
 
@@ -622,7 +964,7 @@ def test_without_a_kernel_nothing_is_known(project, monkeypatch, capsys):
     assert capsys.readouterr().out == f"the record goes to data/runs/single/{run.cell}\n"
     past = run.save({})["provenance"]
     assert (past["notebook_file"], past["notebook_hash"], past["notebook_verified"]) == (None,) * 3
-    assert past["fingerprint"] == cells.fingerprint("walk")
+    assert past["fingerprint"] == code.fingerprint("walk")
 
 
 def test_a_run_outside_the_checkout_says_the_whole_path(
@@ -636,7 +978,7 @@ def test_a_run_outside_the_checkout_says_the_whole_path(
 
 def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
     notebook(project / "nbs/runs/stroll.ipynb", PARAMETERS, *RUNS)
-    records.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
+    files.write(project / "nbs/sweeps/strolls.yaml", "{notebook: stroll, scales: {desk: {}}}")
     cell = cells.plan("strolls", "desk")[0]
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *RUNS)
     process, line = start(project, *words_for(cell))
@@ -648,7 +990,7 @@ def test_the_wrapper_refuses_a_notebook_of_another_name(project, capfd):
 def test_the_wrapper_tells_path_and_hash(project):
     sources = [*RUNS[:3], "if seed: raise ValueError('no')", RUNS[3]]
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, *sources)
-    whole = cells.digest((project / "nbs/runs/walk.ipynb").read_bytes())
+    whole = code.digest((project / "nbs/runs/walk.ipynb").read_bytes())
     for cell in cells.plan("walks", "desk")[:2]:
         process, line = start(project, *words_for(cell))
         process.communicate(timeout=60)
@@ -661,9 +1003,9 @@ def test_the_wrapper_tells_path_and_hash(project):
 def test_code_of_another_checkout_is_refused(project):
     notebook(project / "nbs/runs/walk.ipynb", PARAMETERS, "from vqstudy import checks")
     ours = (ROOT / "vqstudy/checks.py").read_bytes()
-    records.write(project / "vqstudy/checks.py", ours + b"# x")
+    files.write(project / "vqstudy/checks.py", ours + b"# x")
     study.Run("walk", {})  # other in a comment alone
-    records.write(project / "vqstudy/checks.py", "x = 1")
+    files.write(project / "vqstudy/checks.py", "x = 1")
     with pytest.raises(ValueError, match="imported, and in the checkout .* checks differ: set PY"):
         study.Run("walk", {})
 
@@ -678,18 +1020,152 @@ def git(project, monkeypatch):
     for role in ("AUTHOR", "COMMITTER"):
         for key, value in who.items():
             monkeypatch.setenv(f"GIT_{role}_{key}", value)
-    records._warn_of_commit.cache_clear()
+    provenance._warn_of_commit.cache_clear()
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run(["git", "-C", str(project), *words], check=True)
     return project
 
 
 def test_a_commit_is_known(git):
-    known = records.commit()
+    known = provenance.commit()
     assert len(known["commit"]) == 40
     assert (known["dirty"], known["commit_unknown"]) == (False, None)
-    records.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
-    assert records.commit()["dirty"] is True
+    files.write(git / "nbs/sweeps/walks.yaml", WALKS + "# changed\n")
+    assert provenance.commit()["dirty"] is True
+
+
+def in_git(project, *words):
+    command = ["git", "-C", str(project), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+CHANGES = {
+    "a module": ("vqstudy/toy.py", "def walk(): return 1", True),
+    "a new module": ("vqstudy/new.py", "", True),
+    "a new notebook": ("nbs/runs/stroll.ipynb", "{}", True),
+    "a new sweep in a new folder": ("nbs/more/walks.yaml", "", True),
+    "settings": ("settings.ini", "[DEFAULT]\nlib_name = vqstudy\nx = 1\n", True),
+    "results": ("data/results/walks.csv", "cell", False),
+    "a figure": ("figures/walks.svg", "<svg/>", False),
+    "the README": ("README.md", "# Walks", False),
+    "a new file elsewhere": ("notes.txt", "", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_makes_a_tree_dirty(git, change):
+    name, content, dirty = CHANGES[change]
+    for known in ("README.md", "data/results/walks.csv", "figures/walks.svg"):
+        files.write(git / known, "before")
+    in_git(git, "add", ".")
+    in_git(git, "commit", "-qm", "two")
+    files.write(git / name, content)
+    assert provenance.commit()["dirty"] is dirty
+    assert provenance.uncommitted() == ([name] * dirty, "")
+
+
+def test_a_notebook_that_was_only_run_is_clean(git):
+    path = git / "nbs/runs/walk.ipynb"
+    shown = [nbformat.v4.new_output("stream", text="ran")]
+    book = json.loads(path.read_text())
+    book["cells"][1] |= dict(outputs=shown, execution_count=3)
+    path.write_text(json.dumps(book))
+    assert provenance.commit()["dirty"] is False
+    book["cells"][1]["source"] = "from vqstudy.toy import walk  # on"
+    path.write_text(json.dumps(book))
+    assert provenance.commit()["dirty"] is True
+    path.unlink()
+    assert provenance.uncommitted() == (["nbs/runs/walk.ipynb"], "")
+
+
+def from_git(cell, **past):
+    "A record that says from which commit it is."
+    run(cell, 0.5)
+    path = cell.folder / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"] |= provenance.commit() | past
+    path.write_text(json.dumps(record))
+
+
+def notes_of(cell):
+    path = records.results_folder(cell.scale) / f"{cell.sweep}.json"
+    return json.loads(path.read_text())["cells"][cell.scale][cell.id]
+
+
+def test_nothing_is_collected_from_a_dirty_tree(git, capsys):
+    first, second = cells.plan("walks", "desk")[:2]
+    from_git(first)
+    words = ["collect", "--scale", "desk", "--sweep", "walks"]
+    assert study.main(words) == 0
+    before = contents(git / "data/results/walks.csv")
+    # results alone leave the tree clean
+    from_git(second)
+    files.write(git / "vqstudy/new.py", "")
+    assert study.main(words) == 2
+    said = capsys.readouterr().err
+    assert "walks is not collected: the tree has changes that are in no commit: vqstudy/new" in said
+    assert contents(git / "data/results/walks.csv") == before
+    assert study.main([*words, "--dirty"]) == 0
+    assert notes_of(second)["collected_dirty"] is True and "collected_dirty" not in notes_of(first)
+    # what is in the table is not asked for again, nor does its note change
+    before = contents(git / "data/results/walks.csv")
+    assert study.main(words) == 0
+    (git / "vqstudy/new.py").unlink()
+    assert study.main(words) == 0 and contents(git / "data/results/walks.csv") == before
+
+
+def test_a_record_of_a_dirty_tree_is_not_collected(git):
+    first, second = cells.plan("walks", "desk")[:2]
+    from_git(first, dirty=True)
+    with pytest.raises(ValueError, match=f"not collected: {first.id} made while the tree had"):
+        records.collect("walks", "desk")
+    records.collect("walks", "desk", dirty=True)
+    assert notes_of(first)["dirty"] is True
+    assert records.in_results([first]) == {first.id: "current"}
+    records.collect("walks", "desk")
+    smoke = cells.plan("walks", "smoke")[0]
+    from_git(smoke, dirty=True)
+    records.collect("walks", "smoke")
+
+
+def test_evidence_is_from_the_commit_at_which_it_was_found(git):
+    notebook(git / "nbs/figs/spiral.ipynb", "1")
+    for words in (["add", "."], ["commit", "-qm", "figure"]):
+        in_git(git, *words)
+    head = in_git(git, "rev-parse", "HEAD").strip()
+
+    def past(value):
+        return json.loads(records.evidence("spiral", dict(far=value)).read_text())["provenance"]
+
+    first = past(1.5)
+    assert (first["commit"], first["dirty"]) == (head, False)
+    assert first["device"] == provenance.device() and first["versions"]["python"]
+    in_git(git, "commit", "-qm", "more", "--allow-empty")
+    assert past(1.5) == first
+    assert past(2.5)["commit"] != head
+    # found in a dirty tree, and found again from a commit
+    files.write(git / "vqstudy/new.py", "")
+    assert past(3.5)["dirty"] is True and past(3.5)["dirty"] is True
+    (git / "vqstudy/new.py").unlink()
+    assert past(3.5)["dirty"] is False
+
+
+def test_a_data_set_is_known_by_its_files(project, monkeypatch):
+    monkeypatch.setenv("VQSTUDY_DATA", str(project))
+    files.write(project / "celeba10k/train.parquet", "faces")
+    first = provenance.dataset_hash("celeba")
+    assert len(first) == 16
+    assert provenance.provenance("walk", "now", "celeba")["dataset_hash"] == first
+    monkeypatch.setattr(provenance, "_file_hash", None)  # read once
+    assert provenance.dataset_hash("celeba") == first
+    monkeypatch.undo()
+    monkeypatch.setenv("VQSTUDY_ROOT", str(project))
+    monkeypatch.setenv("VQSTUDY_DATA", str(project))
+    path = project / "celeba10k/train.parquet"
+    path.write_text("FACES")
+    os.utime(path, (0, 0))
+    assert provenance.dataset_hash("celeba") != first
+    assert provenance.dataset_hash("photos") is None is provenance.dataset_hash("")
 
 
 def nothing_known(reason):
@@ -698,28 +1174,29 @@ def nothing_known(reason):
 
 def test_no_git_is_warned_of_once_and_recorded(git, monkeypatch, recwarn):
     monkeypatch.setenv("PATH", str(git))
-    assert records.commit() == records.commit() == nothing_known("git is not installed")
+    assert provenance.commit() == provenance.commit() == nothing_known("git is not installed")
     warned = "the records will name no commit: git is not installed"
     assert [str(warning.message) for warning in recwarn] == [warned]
-    assert records.provenance("walk", records.now())["commit_unknown"] == "git is not installed"
+    past = provenance.provenance("walk", provenance.now())
+    assert past["commit_unknown"] == "git is not installed"
 
 
 def test_a_commit_that_git_refuses_to_tell_is_warned_of(git, monkeypatch, recwarn):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     reason = "fatal: detected dubious ownership in repository"
-    assert records.commit() == records.commit() == nothing_known(reason)
+    assert provenance.commit() == provenance.commit() == nothing_known(reason)
     assert len(recwarn) == 1 and "dubious ownership" in str(recwarn[0].message)
 
 
 def test_a_repository_without_a_commit_is_warned_of(project, recwarn):
-    records._warn_of_commit.cache_clear()
+    provenance._warn_of_commit.cache_clear()
     subprocess.run(["git", "-C", str(project), "init", "-q"], check=True)
-    known = records.commit()
+    known = provenance.commit()
     assert known["commit"] is None and "HEAD" in known["commit_unknown"] and len(recwarn) == 1
 
 
 def test_no_repository_is_recorded_and_not_warned_of(project, recwarn):
-    assert records.commit() == nothing_known("fatal: not a git repository")
+    assert provenance.commit() == nothing_known("fatal: not a git repository")
     assert not recwarn.list
 
 
@@ -728,7 +1205,7 @@ def test_the_commit_of_a_repository_around_the_checkout_is_not_ours(git, monkeyp
     inner.mkdir()
     shutil.copy(git / "settings.ini", inner)
     monkeypatch.setenv("VQSTUDY_ROOT", str(inner))
-    assert records.commit() == nothing_known("the checkout lies in another git repository")
+    assert provenance.commit() == nothing_known("the checkout lies in another git repository")
     assert not recwarn.list
 
 
@@ -783,7 +1260,7 @@ def test_two_holders_of_a_lock(project):
     path = project / "lock"
     code = """import sys
 from pathlib import Path
-from vqstudy.records import locked
+from vqstudy.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()"""
@@ -792,21 +1269,21 @@ with locked(Path(sys.argv[1])):
     holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(TimeoutError, match="another process holds lock"):
-        with records.locked(path, 0.2):
+        with files.locked(path, 0.2):
             pass
     holder.kill()
     holder.wait()
-    with records.locked(path, 5):
+    with files.locked(path, 5):
         pass
 
 
 def test_who_waits_for_a_lock_leaves_its_holders_name(project):
     path = project / "lock"
-    with records.locked(path):
+    with files.locked(path):
         for _ in range(2):
             with pytest.raises(TimeoutError, match=rf"holds lock \(pid {os.getpid()} on "):
-                records.locked(path, 0).__enter__()
-    with records.locked(path, 0):
+                files.locked(path, 0).__enter__()
+    with files.locked(path, 0):
         assert path.read_text().count("pid") == 1
 
 
@@ -828,7 +1305,7 @@ def words_for(cell):
 
 def test_a_cell_that_another_study_runs_is_waited_for(project):
     cell = cells.plan("walks", "desk")[0]
-    with records.locked(cell.work.with_suffix(".lock")):
+    with files.locked(cell.work.with_suffix(".lock")):
         process, line = start(project, *words_for(cell))
         assert "waits for another study that runs it" in line and f"pid {os.getpid()}" in line
         run(cell, 0.5)
@@ -838,7 +1315,7 @@ def test_a_cell_that_another_study_runs_is_waited_for(project):
 
 def test_waiting_ends_with_the_time_budget(project):
     cell = cells.plan("walks", "desk")[0]
-    with records.locked(cell.work.with_suffix(".lock")):
+    with files.locked(cell.work.with_suffix(".lock")):
         soon = str(time.time() + 3)
         process, line = start(project, *words_for(cell), VQSTUDY_DEADLINE=soon)
         shown, _ = process.communicate(timeout=30)
@@ -875,7 +1352,7 @@ def test_a_home_that_takes_caches_has_them(project, tmp_path, monkeypatch):
 
 def test_a_figure_that_another_study_draws_is_waited_for(project):
     notebook(project / "nbs/figs/walks.ipynb", "scale: str = 'smoke'")
-    with records.locked(project / "data/runs/desk/figs/.walks.lock"):
+    with files.locked(project / "data/runs/desk/figs/.walks.lock"):
         process, line = start(project, "draw", "--scale", "desk", "walks")
         assert "walks  waits for another study" in line
     shown, _ = process.communicate(timeout=60)
@@ -900,7 +1377,7 @@ def test_options_of_make_are_numbers(name, given, worse):
 
 
 def broken_notebook(project, content):
-    records.write(project / "nbs/runs/walk.ipynb", content)
+    files.write(project / "nbs/runs/walk.ipynb", content)
 
 
 def damaged_notes(project, content):
@@ -910,7 +1387,7 @@ def damaged_notes(project, content):
 
 
 def figures_of_walks(project, content):
-    records.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
+    files.write(project / "nbs/sweeps/walks.yaml", WALKS + content)
 
 
 MISTAKES = [
@@ -1009,7 +1486,7 @@ def test_sets_that_are_missing_are_named(tmp_path, monkeypatch, given, wanted, o
             (place / name).mkdir(parents=True)
     if given == "others":
         for name in others:
-            records.write(place / name / "a.parquet", "")
+            files.write(place / name / "a.parquet", "")
     said = study.lacking(wanting(*wanted))
     if others and given != "others":
         assert "need" in said
@@ -1025,7 +1502,7 @@ HERE += [("celeba", "celeba10k"), ("celeba10k", "celeba10k"), ("street", "street
 @pytest.mark.parametrize("name, folder", HERE)
 def test_sets_that_are_here_are_found(tmp_path, monkeypatch, name, folder):
     monkeypatch.setenv("VQSTUDY_DATA", str(tmp_path))
-    records.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
+    files.write(tmp_path / folder / "train-00000-of-00001.parquet", "")
     assert study.lacking(wanting(name, "photos", None)) == ""
 
 
@@ -1098,6 +1575,36 @@ def test_choice_takes_the_least_mean_over_seeds_and_nothing_that_diverged(projec
     a_and_b, c = tuning.declared(chosen).splitlines()
     assert a_and_b == '- {"method": ["a", "b"], "steps": [2]}'
     assert c == '- {"method": ["c"], "lr": [2.0]}'
+
+
+SEARCH = "notebook: walk\nmetric: metric\nfixed: {lengths: [10, 40]}\n"
+SEARCH += "grid: [{method: [a], steps: [1, 2]}, {method: [b], lr: [1.0, 2.0]}]\nscales: {desk: {}}"
+
+
+def searched(project, values, statuses=("done",) * 4, reached=None):
+    "A search measured at two lengths: by trial, the metric at each."
+    notebook(project / "nbs/runs/walk.ipynb", LONG, USES_TOY)
+    files.write(project / "nbs/sweeps/search.yaml", SEARCH)
+    for cell, pair, status in zip(cells.plan("search", "desk"), values, statuses):
+        pairs = list(zip(cell.lengths, pair))[: reached if status == "diverged" else None]
+        leave(cell, {}, status, lengths=[dict(updates=n, metric=x) for n, x in pairs])
+    records.collect("search", "desk")
+
+
+def test_choice_is_at_one_length(project):
+    searched(project, [(1, 9), (2, 8), (1, 8), (2, 9)])
+    longest = dict(a=dict(steps=2), b=dict(lr=1.0))
+    assert tuning.choice("search", "desk") == tuning.choice("search", "desk", 40) == longest
+    assert tuning.choice("search", "desk", 10) == dict(a=dict(steps=1), b=dict(lr=1.0))
+    with pytest.raises(ValueError, match="has no row at 20 updates; it has: 10, 40"):
+        tuning.choice("search", "desk", 20)
+
+
+def test_a_trial_that_diverged_late_is_worst_at_the_length_that_it_did_not_reach(project):
+    statuses = ("diverged", "done", "done", "done")
+    searched(project, [(1, 0), (2, 8), (1, 8), (2, 9)], statuses, reached=1)
+    assert tuning.choice("search", "desk")["a"] == dict(steps=2)
+    assert tuning.choice("search", "desk", 10)["a"] == dict(steps=1)
 
 
 def test_choice_refuses_what_is_not_whole_or_not_equal(project):

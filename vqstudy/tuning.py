@@ -18,44 +18,78 @@ def _score(row: dict[str, str], metric: str) -> float:
     return float(row[metric]) if row["status"] == "done" and row[metric] else float("inf")
 
 
-def _trials(
-    cells: list[Cell], rows: dict[str, dict[str, str]]
-) -> list[tuple[float, dict[str, Any]]]:
-    "Mean metric over seeds and setting of every trial of one method."
+def _trials(cells: list[Cell], scores: dict[str, float]) -> list[tuple[float, dict[str, Any]]]:
+    "Mean metric over seeds and setting of every trial of one method. scores: by cell id."
     values: dict[str, set[str]] = {}
     for cell in cells:
         for name, value in cell.parameters.items():
             values.setdefault(name, set()).add(text(value))
     varies = [name for name in values if name != "seed" and len(values[name]) > 1]
     settings: dict[str, dict[str, Any]] = {}
-    scores: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for cell in cells:
         setting = {name: cell.parameters[name] for name in varies}
         key = json.dumps(setting)
         settings[key] = setting
-        scores.setdefault(key, []).append(_score(rows[cell.id], cell.metric))
-    return [(fmean(scores[key]), settings[key]) for key in settings]
+        found.setdefault(key, []).append(scores[cell.id])
+    return [(fmean(found[key]), settings[key]) for key in settings]
+
+# %% ../nbs/lib/10c_tuning.ipynb #88961385
+def _common_length(rows: dict[str, dict[str, dict[str, str]]], where: str) -> str:
+    "The longest number of updates that all trials which came to an end have."
+    # a run that diverged late has its later lengths too, and none of them is a good one
+    ended = [
+        {updates for updates, row in mine.items() if row["status"] != "failed"}
+        for mine in rows.values()
+        if any(row["status"] == "done" for row in mine.values())
+    ]
+    shared = set.intersection(*ended) if ended else {""}
+    if not shared:
+        lengths = sorted(set.union(*ended))
+        raise ValueError(f"{where}: no number of updates is that of all trials: {lengths}")
+    return max(shared, key=lambda updates: int(updates or 0))
+
+
+def _scores(planned: list[Cell], scale: str, updates: int | None, where: str) -> dict[str, float]:
+    "The metric of every trial by cell, at a number of updates. Raises ValueError."
+    table = read_table(results_folder(scale) / f"{planned[0].sweep}.csv")
+    known = {cell.id for cell in planned}
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    for row in table:
+        if row["scale"] == scale and row["cell"] in known:
+            rows.setdefault(row["cell"], {})[row["updates"]] = row
+    missing = len(known - rows.keys())
+    if missing:
+        lack = f"{missing} of {len(planned)} trials are not in the results"
+        advice = f"`make study SCALE={scale} SWEEP={planned[0].sweep}` runs them"
+        raise ValueError(f"{where}: {lack}; {advice}")
+    length = str(updates) if updates else _common_length(rows, where)
+    scores = {}
+    for cell in planned:
+        mine = rows[cell.id]
+        ended = any(row["status"] == "done" for row in mine.values())
+        if ended and length not in mine:
+            has = ", ".join(mine)
+            raise ValueError(f"{where}: {cell.id} has no row at {length} updates; it has: {has}")
+        scores[cell.id] = _score(mine[length], cell.metric) if length in mine else float("inf")
+    return scores
 
 # %% ../nbs/lib/10c_tuning.ipynb #bca2a1bc
-def choice(name: str, scale: str) -> dict[str, dict[str, Any]]:
+def choice(name: str, scale: str, updates: int | None = None) -> dict[str, dict[str, Any]]:
     """By method, the best setting of a tuning sweep, by its table in the results.
 
     A setting holds the values of whatever varies within the method.
+    updates: the length at which trials are compared; the longest that all have.
     Raises ValueError for trials without a row, for methods with different numbers of trials, and
     for a method of which no trial ended well.
     """
     planned = plan(name, scale)
-    table = read_table(results_folder(scale) / f"{name}.csv")
-    rows = {row["cell"]: row for row in table if row["scale"] == scale}
     where = f"{name}, scale {scale}"
-    missing = sum(cell.id not in rows for cell in planned)
-    if missing:
-        lack = f"{missing} of {len(planned)} trials are not in the results"
-        raise ValueError(f"{where}: {lack}; `make study SCALE={scale} SWEEP={name}` runs them")
+    scores = _scores(planned, scale, updates, where)
     trials = {}
     for method in dict.fromkeys(cell.parameters["method"] for cell in planned):
         mine = [cell for cell in planned if cell.parameters["method"] == method]
-        trials[method] = _trials(mine, rows)
+        trials[method] = _trials(mine, scores)
     counts = {method: len(tried) for method, tried in trials.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{where}: methods have different numbers of trials: {counts}")
