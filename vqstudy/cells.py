@@ -8,7 +8,7 @@ __all__ = ['PARAMETER_TYPES', 'DEFAULTS', 'SCALES', 'SWEEP_KEYS', 'SHARED', 'Par
 
 # %% ../nbs/lib/10a_cells.ipynb #f7425e04
 import ast, io, itertools, json, math, tokenize
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from .checks import one_of, typed
@@ -312,23 +312,26 @@ def _needed(table: dict[str, Any], scale: str, above: tuple[str, ...]) -> dict[s
 
 # %% ../nbs/lib/10a_cells.ipynb #759b45af
 def _cell(
-    name: str, scale: str, given: dict[str, Any], needed: dict[str, list[Cell]], code: str
+    base: Cell,                        # what all cells of the sweep have
+    given: dict[str, Any],
+    needed: dict[str, list[Cell]],
+    unset: dict[str, Any],             # the neutral values of the notebook
 ) -> Cell:
     "A cell of a sweep, with the cells whose weights it takes. Raises what `plan` does."
-    table = sweep(name)
-    stem = table["notebook"]
-    whole = check(stem, given)
+    whole = check(base.notebook, given)
     parents = {}
     for need, cells in needed.items():
         if need in given:
             raise ValueError(f"parameter {need!r} is set by the sweep, and by its needs")
         parents[need] = _parent(need, whole, cells)
-    whole = check(stem, given | {need: parent.id for need, parent in parents.items()})
-    code = combined(code, {need: parent.fingerprint for need, parent in parents.items()})
-    more = dict(metric=table["metric"], keeps=table["weights"] == "keep", parents=parents)
-    return Cell(cell_id(stem, whole), stem, whole, name, scale, code, **more)
+    if parents:
+        names = {need: parent.id for need, parent in parents.items()}
+        whole = check(base.notebook, given | names)
+    code = combined(base.fingerprint, {need: p.fingerprint for need, p in parents.items()})
+    name = cell_id(base.notebook, whole, unset)
+    return replace(base, id=name, parameters=whole, fingerprint=code, parents=parents)
 
-
+# %% ../nbs/lib/10a_cells.ipynb #23a22d5e
 def plan(name: str, scale: str, above: tuple[str, ...] = ()) -> list[Cell]:
     """The cells of a sweep at a scale.
 
@@ -342,8 +345,11 @@ def plan(name: str, scale: str, above: tuple[str, ...] = ()) -> list[Cell]:
     settings = _settings(table, scale, where)
     try:
         needed = _needed(table, scale, (*above, name))
-        code = fingerprint(table["notebook"])
-        cells = [_cell(name, scale, given, needed, code) for given in settings]
+        stem = table["notebook"]
+        keeps = table["weights"] == "keep"
+        base = Cell("", stem, {}, name, scale, fingerprint(stem), table["metric"], keeps)
+        unset = neutral(stem)
+        cells = [_cell(base, given, needed, unset) for given in settings]
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}: {error}") from None
     if len({cell.id for cell in cells}) < len(cells):
