@@ -118,18 +118,28 @@ def trials(name: str, scale: str, updates: int | None = None) -> dict[str, list[
     scores = _scores(planned, scale, updates, f"{name}, scale {scale}")
     known: dict[str, list[str]] = {}
     if search := _first_round(name, scale):
-        first = {_but_seed(cell): cell for cell in plan(*search)}
-        known = {m: list(tried[0].setting) for m, tried in trials(*search, updates).items()}
-        again = {key: first[key] for key in map(_but_seed, planned) if key in first}
-        if len(again) < len(set(map(_but_seed, planned))):
-            raise ValueError(f"{name}, scale {scale}: its settings are not those of {search[0]}")
-        scores |= _scores(plan(*search), search[1], updates, f"{search[0]}, scale {search[1]}")
-        planned = [*again.values(), *planned]
+        before = trials(*search, updates)
+        known = {method: list(tried[0].setting) for method, tried in before.items()}
+        planned, more = _with_first_round(planned, search, updates)
+        scores |= more
     found = {}
     for method in dict.fromkeys(cell.parameters["method"] for cell in planned):
         mine = [cell for cell in planned if cell.parameters["method"] == method]
         found[method] = _grouped(mine, known.get(method) or _knobs(mine), scores)
     return found
+
+
+def _with_first_round(
+    planned: list[Cell], search: tuple[str, str], updates: int | None
+) -> tuple[list[Cell], dict[str, float]]:
+    "Cells that run a search's settings again, behind the search's own; the scores of all of those."
+    stem, scale = search
+    first = plan(stem, scale)
+    again = {_but_seed(cell) for cell in planned}
+    mine = [cell for cell in first if _but_seed(cell) in again]
+    if len(mine) < len(again):
+        raise ValueError(f"{planned[0].sweep}: settings are not those of {stem}, scale {scale}")
+    return [*mine, *planned], _scores(first, scale, updates, f"{stem}, scale {scale}")
 
 
 def _grouped(cells: list[Cell], knobs: list[str], scores: dict[str, float]) -> list[Trial]:
@@ -287,10 +297,11 @@ def in_words(setting: dict[str, Any]) -> str:
 
 def _line(method: str, tried: list[Trial], best: dict[str, Any]) -> str:
     "A method's trials in one line."
-    lives = sum(live(tried))
+    alive = sum(live(tried))
     score = min(trial.score for trial in tried)
-    counts = f"{len(tried):6} {lives:4} {len(tried) - lives:4}"
-    return f"{method:34} {counts} {score:10.4g}  {in_words(best)}"
+    # with nothing to choose, nothing can be dead
+    counts = f"{alive:4} {len(tried) - alive:4}" if best else f"{'-':>4} {'-':>4}"
+    return f"{method:34} {len(tried):6} {counts} {score:10.4g}  {in_words(best)}"
 
 
 def _extensions(method: str, tried: list[Trial], best: dict[str, Any]) -> list[str]:
@@ -307,7 +318,7 @@ def _extensions(method: str, tried: list[Trial], best: dict[str, Any]) -> list[s
         lines.append(as_yaml(grids))
     return lines
 
-# %% ../nbs/lib/10c_tuning.ipynb #900b6dba
+# %% ../nbs/lib/10c_tuning.ipynb #9ef41a53
 def summary(name: str, scale: str) -> str:
     "What a search chose, with its live and dead trials by method. Raises as `choice` does."
     found, best = trials(name, scale), choice(name, scale)
