@@ -39,7 +39,7 @@ def knobs_of(method: str) -> tuple[str, ...]:
     own = [knob for knob in ("nu", "beta", "ema_decay") if RECIPE_PARAMETERS[knob] in known]
     return (*rates, *own)
 
-# %% ../nbs/lib/08b_trials.ipynb #0e223e30
+# %% ../nbs/lib/08b_trials.ipynb #0355dbcc
 def drawn_as(knob: str, value: float) -> float:
     "The number that is drawn evenly on a log scale: a knob's value, or its distance to 1."
     return 1 - value if knob in TO_ONE else value
@@ -86,7 +86,7 @@ def as_yaml(grids: list[dict]) -> str:
     "Grids as lines of a sweep's YAML."
     return "\n".join(f"- {json.dumps(grid)}" for grid in grids)
 
-# %% ../nbs/lib/08b_trials.ipynb #dc49b238
+# %% ../nbs/lib/08b_trials.ipynb #1ecc3638
 EDGE = 1.5  # a factor
 
 
@@ -102,7 +102,7 @@ def range_of(knob: str, tried: list[float]) -> tuple[float, float]:
     inside = low <= min(tried) and max(tried) <= high
     return (low, high) if inside else (min(tried), max(tried))
 
-# %% ../nbs/lib/08b_trials.ipynb #af30ef1b
+# %% ../nbs/lib/08b_trials.ipynb #5c6afb41
 def edges(
     chosen: Mapping[str, float],
     tried: Iterable[Mapping[str, float]],  # all settings, the chosen one among them
@@ -114,10 +114,11 @@ def edges(
         ends = range_of(knob, [setting[knob] for setting in tried])
         low, high = sorted(drawn_as(knob, end) for end in ends)
         place = drawn_as(knob, value)
+        most = 1.0 if knob in TO_ONE else math.inf  # a distance to 1 ends there
         if place <= EDGE * low:
             decade = low / 10, low
-        elif place >= high / EDGE:
-            decade = high, min(10 * high, 1.0) if knob in TO_ONE else 10 * high
+        elif place >= high / EDGE and high < most / EDGE:
+            decade = high, min(10 * high, most)
         else:
             continue
         # rounded, since 1 - 0.995 is not 0.005
