@@ -22,7 +22,7 @@ from vqstudy.configure import in_steps, quantizer_for, settings_for
 from vqstudy.quantizers import recipes
 from vqstudy.records import collect, results_folder
 from vqstudy.train import NonFiniteLoss, Settings, optimizers
-from vqstudy.tuning import choice
+from vqstudy.trials import RANGES
 
 ROOT = Path(__file__).parents[1]
 BOOK = json.loads((ROOT / "nbs/runs/reconstruct.ipynb").read_text())
@@ -93,55 +93,23 @@ def test_rows_differ_in_what_was_tuned_alone(name, scale):
     settings, seeds = zip(*(group[0] for group in rows.values()))
     assert all(each == seeds[0] for each in seeds)
     assert all(s["clip"] == 0 and s["validation"] == 0 and s["init"] == "normal" for s in settings)
-    assert varied(settings) <= {"codebook_optimizer", "codebook_lr", "ema_decay", "lr"}
-    rates = {group[0][0]["lr"] for method, group in rows.items() if method != "none"}
-    assert len(rates) == 1, "only `none`, which has no codebook, has a learning rate of its own"
-
-
-def codebook_parameters(method):
-    "The parameters that decide how a method's codebook moves; of `none` the one there is."
-    if "codebook" in optimizers(untrained(method)["model"], Settings()):
-        return {"codebook_optimizer", "codebook_lr"}
-    return {"lr"} if method == "none" else {"ema_decay"}
+    assert varied(settings) <= set(RANGES)
 
 
 @pytest.mark.parametrize("scale", TUNED)
-def test_every_method_has_as_many_trials_of_what_moves_its_codebook(scale):
+def test_every_method_that_is_reported_is_tuned_on_images_set_aside(scale):
     rows = settings_of("huh_tab03_tune", scale)
     for name, other in REPORTED:
         assert other != scale or set(settings_of(name, other)) <= set(rows)
-    assert {len(group) for group in rows.values()} == {6}
     for method, group in rows.items():
-        settings = [each for each, _ in group]
-        assert varied(settings) == codebook_parameters(method), method
-        assert all(each["validation"] > 0 for each in settings)
+        assert len(group) == (1 if method == "none" else 16), method
+        assert all(each["validation"] > 0 for each, _ in group)
 
 
 def test_no_seed_is_tuned_and_reported():
-    tuned = set().union(*(seeds_of("huh_tab03_tune", scale) for scale in TUNED))
+    searches = ("huh_tab03_tune", "huh_tab03_best")
+    tuned = set().union(*(seeds_of(name, scale) for name in searches for scale in TUNED))
     assert all(tuned.isdisjoint(seeds_of(name, scale)) for name, scale in REPORTED)
-
-
-def is_tuned(scale):
-    "Whether the results have every cell of the tuning."
-    table = results_folder(scale) / "huh_tab03_tune.csv"
-    if not table.is_file():
-        return False
-    with table.open(newline="") as file:
-        rows = {row["cell"] for row in csv.DictReader(file) if row["scale"] == scale}
-    return {cell.id for cell in planned("huh_tab03_tune", scale)} <= rows
-
-
-@pytest.mark.skipif(not is_tuned("desk"), reason="huh_tab03_tune has not run at desk")
-@pytest.mark.parametrize("name, scale", MEASURED)
-def test_what_is_declared_was_chosen(name, scale):
-    "At gpu and paper gpu's trials decide where they are, else desk's, but for the learning rate."
-    source = "gpu" if scale != "desk" and is_tuned("gpu") else "desk"
-    chosen = choice("huh_tab03_tune", source)
-    for method, [(settings, _)] in settings_of(name, scale).items():
-        for key, value in chosen[method].items():
-            if key != "lr" or source == scale:
-                assert settings[key] == value, (method, key)
 
 
 def same_images(first, second):

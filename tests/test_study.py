@@ -85,6 +85,7 @@ def reconstruct(tmp_path, monkeypatch):
     book = json.loads((ROOT / "nbs/runs/reconstruct.ipynb").read_text())
     (tagged,) = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
     sweep = (ROOT / "nbs/sweeps/huh_tab03.yaml").read_text()
+    sweep = "".join(line for line in sweep.splitlines(True) if "tuned_by:" not in line)
     new_project(tmp_path, PARAMETERS, "1", table=sweep)
     notebook(tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"]))
     monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
@@ -1613,7 +1614,7 @@ def test_choice_refuses_what_is_not_whole_or_not_equal(project):
         tried(project, [(1, "done")] * 5)
     with pytest.raises(ValueError, match="no trial ended well of c"):
         tried(project, [(1, "done")] * 8 + [(1, "failed")] * 4)
-    grid = "[{method: [a], steps: [1, 2]}, {method: [b]}]"
+    grid = "[{method: [a], steps: [1, 2, 3]}, {method: [b], steps: [1, 2]}]"
     sweep = f"{{notebook: walk, metric: metric, grid: {grid}, scales: {{desk: {{}}}}}}"
-    with pytest.raises(ValueError, match="different numbers of trials: {'a': 2, 'b': 1}"):
-        tried(project, [(1, "done")] * 3, sweep)
+    with pytest.raises(ValueError, match="different numbers of trials: {'a': 3, 'b': 2}"):
+        tried(project, [(n, "done") for n in (1, 2, 3, 1, 2)], sweep)

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 import pytest
 from vqstudy.cells import plan, sweep
-from vqstudy.trials import RANGES, TO_ONE, as_yaml, drawn, knobs_of, search_grids
+from vqstudy.trials import RANGES, TO_ONE, as_yaml, decades_apart, drawn, drawn_as, edges
+from vqstudy.trials import knobs_of, search_grids
 
 ROOT = Path(__file__).parents[1]
 KNOBS = {
@@ -45,6 +46,59 @@ def test_one_trial_in_each_sixteenth_of_the_range(knob, seed):
 
 def test_the_seed_decides():
     assert drawn(["nu", "beta"], 8, 3) == drawn(["nu", "beta"], 8, 3) != drawn(["nu", "beta"], 8, 4)
+
+
+@pytest.mark.parametrize("trials", [2, 8])
+def test_more_trials_go_on_where_fewer_ended(trials):
+    assert drawn(RANGES, 16, 2)[:trials] == drawn(RANGES, trials, 2)
+
+
+def test_a_range_of_ones_own():
+    own = {"codebook_lr": (1e3, 1e7), "beta": (0.995, 0.9995)}
+    trials = drawn(["codebook_lr", "beta", "nu"], 16, 1, own)
+    for knob, (low, high) in (RANGES | own).items():
+        assert all(low <= trial[knob] <= high for trial in trials if knob in trial)
+    # what has no range of its own is drawn as without
+    plain = drawn(["codebook_lr", "beta", "nu"], 16, 1)
+    assert [trial["nu"] for trial in trials] == [trial["nu"] for trial in plain]
+
+
+ENDS = [
+    ("codebook_lr", 1.5, (0.1, 1.0)),
+    ("codebook_lr", 1.51, None),
+    ("codebook_lr", 667.0, (1000.0, 10000.0)),
+    ("codebook_lr", 666.0, None),
+    ("map_lr", 0.1, (0.01, 0.1)),
+    ("nu", 2.0, (2.0, 20.0)),
+    ("beta", 0.993, (0.995, 0.9995)),
+    ("beta", 0.99, None),
+    ("beta", 0.9, (0.0, 0.9)),
+    ("ema_decay", 0.3, None),  # 0 is nearer than the factor
+    ("ema_decay", 0.9988, (0.999, 0.9999)),
+]
+
+
+@pytest.mark.parametrize("knob, value, decade", ENDS)
+def test_an_optimum_at_an_end_asks_for_the_decade_beyond(knob, value, decade):
+    tried = [*drawn([knob]), {knob: value}]
+    assert edges({knob: value}, tried) == ({knob: decade} if decade else {})
+    if decade:
+        # once the decade is tried, the value lies inside
+        assert edges({knob: value}, [*tried, *drawn([knob], 4, ranges={knob: decade})]) == {}
+
+
+def test_a_range_that_only_a_sweep_has_ends_where_it_was_tried():
+    tried = [{"codebook_lr": 10.0**n} for n in range(3, 8)]
+    assert edges(tried[-1], tried) == {"codebook_lr": (1e7, 1e8)}
+    assert edges(tried[0], tried) == {"codebook_lr": (100.0, 1e3)}
+    assert edges(tried[2], tried) == {}
+
+
+def test_decades_are_of_the_knob_that_differs_most():
+    a, b = {"codebook_lr": 1.0, "beta": 0.9}, {"codebook_lr": 50.0, "beta": 0.999}
+    assert decades_apart(a, b) == decades_apart(b, a) == pytest.approx(2)
+    assert decades_apart(a, a) == decades_apart({}, {}) == 0
+    assert [drawn_as(knob, 0.75) for knob in ("beta", "nu")] == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("bad, words", [

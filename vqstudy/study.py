@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'COMMANDS', 'REFUSALS', 'execute', 'publish', 'lacking', 'in_turn', 'run_cell', 'confirm',
-           'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'todo', 'overview', 'report',
-           'rows_left', 'main']
+           'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'waiting', 'todo', 'overview',
+           'report', 'rows_left', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #92f33563
 import argparse, json, os, shutil, subprocess, sys, time
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
-from .cells import SCALES, Cell, parameters, plan, sweep, sweeps
+from .cells import SCALES, Cell, parameters, plan, sweep, sweeps, tuned_by
 from .checks import one_of
 from .code import digest, fingerprint, notebook_path, root
 from .confirm import elsewhere, representatives, settle, shortened, told
@@ -24,7 +24,7 @@ from .processes import redirected, slow_bfloat16, wants_gpu
 from .provenance import SET_FOLDERS, commit, now, provenance, require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
 from .records import rename_cells, results_folder, save_record, state, unplanned
-from .tuning import choice, declared
+from .tuning import in_words, summary
 from .run import Run, out_of_time
 from .weights import has_weights, parent_of
 from .worktree import commit_rows, launch, loose, place
@@ -257,7 +257,7 @@ def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
     short: at the shortest of its lengths. Returns the exit code.
     Raises ValueError, FileNotFoundError without the cell's data set.
     """
-    known = {planned.id: planned for planned in plan(name, scale)}
+    known = {planned.id: planned for planned in plan(name, scale) if not planned.waits}
     if cell not in known:
         where = f"{name}.yaml at scale {scale}"
         raise ValueError(f"cell {cell!r} is not in {where}; was a parameter changed?")
@@ -435,14 +435,29 @@ def _check_figures(name: str) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}.yaml: figures: {error}") from None
 
+# %% ../nbs/lib/11_study.ipynb #7a82541c
+def waiting(names: list[str], scale: str) -> dict[str, str]:
+    "The sweeps that wait for a search that has not run, each with what lacks."
+    reasons = {name: next((c.waits for c in plan(name, scale) if c.waits), "") for name in names}
+    return {name: why for name, why in reasons.items() if why}
+
 # %% ../nbs/lib/11_study.ipynb #c3386c35
 def todo(
     names: list[str], scale: str, missing: bool = False
 ) -> tuple[list[Cell], list[str], list[str]]:
-    "Cells to run, sweeps to collect, figures to draw. Raises what `plan` raises."
+    """Cells to run, sweeps to collect, figures to draw.
+
+    Of a sweep that waits for a search nothing, nor of those that are done. Raises what `plan`
+    raises, and ValueError where all sweeps wait.
+    """
     cells, tables, figures = [], [], []
+    reasons = waiting(names, scale)
+    if reasons and not set(names) - reasons.keys():
+        raise ValueError("; ".join(f"{name} waits: {why}" for name, why in reasons.items()))
     for name in names:
         _check_figures(name)  # or it would be found missing after all cells have run
+        if name in reasons:
+            continue
         planned = plan(name, scale)
         rows = in_results(planned)
         done = {cell.id for cell in planned if state(cell) == "done"}
@@ -470,10 +485,22 @@ def _ancestors(cell: Cell) -> list[Cell]:
             found += [*_ancestors(parent), parent]
     return found
 
+# %% ../nbs/lib/11_study.ipynb #3cec2dc8
+def _tuned_lines(name: str, scale: str, waits: str) -> list[str]:
+    "What searches chose for the cells of a sweep, or why they wait: a line per method."
+    if waits:
+        return [f"{name} waits: {waits}"]
+    searches = " and ".join(tuned_by(name, scale))
+    found = [(cell.parameters.get("method", ""), cell.tuned) for cell in plan(name, scale)]
+    lines = [f"{name}: {method}: {in_words(tuned)}" for method, tuned in found if tuned]
+    return [f"{line}, by {searches}" for line in dict.fromkeys(lines)]
+
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
     "A table of all cells with their state here and in the results, and what a study would do."
-    run, tables, figures = todo(names, scale, missing)
+    reasons = waiting(names, scale)
+    ready = [name for name in names if name not in reasons]
+    run, tables, figures = todo(names, scale, missing) if ready else ([], [], [])
     running = {(cell.sweep, cell.id) for cell in run}
     lines = [f"{'cell':36} {'here':8} {'results':8} {'':5} what"]
     total = 0
@@ -482,10 +509,11 @@ def overview(names: list[str], scale: str, missing: bool = False) -> str:
         total += len(planned)
         rows = in_results(planned)
         for cell in planned:
-            runs = "runs" if (name, cell.id) in running else ""
+            runs = "runs" if (name, cell.id) in running else "waits" if cell.waits else ""
             states = f"{state(cell):8} {rows[cell.id]:8} {runs:5}"
             lines.append(f"{cell.id:36} {states} {name}: {cell.label}")
     for name in names:
+        lines += _tuned_lines(name, scale, reasons.get(name, ""))
         if others := unplanned(name, scale):
             lines.append(f"{name}: {len(others)} cells in the results that the sweep has no more")
     cells = f"{len({cell.id for cell in run})} of {total} cells would run"
@@ -518,7 +546,8 @@ def report(names: list[str], scale: str) -> str:
             again += f' SWEEP="{" ".join(names)}"'
         ending += f"; `{again}` goes on"
     troubles = [_trouble(cell) for cell in cells]
-    return "\n".join([*(line for line in troubles if line), ending])
+    waits = [f"{name} waits: {why}" for name, why in waiting(names, scale).items()]
+    return "\n".join([*(line for line in troubles if line), *waits, ending])
 
 # %% ../nbs/lib/11_study.ipynb #d41e4aca
 def rows_left(name: str, scale: str) -> str:
@@ -539,7 +568,7 @@ COMMANDS = {
     "draw": "draw one figure at a scale",
     "redraw": "draw the committed figures in place from the committed results",
     "rename": "compute the ids in the committed tables again",
-    "choose": "print what a tuning sweep chose, as the grids of a sweep",
+    "choose": "print what a search chose, and its live and dead trials by method",
 }
 
 
@@ -600,7 +629,7 @@ def _obey(given: argparse.Namespace) -> int:
         return 0
     names = chosen(given.sweep, given.scale)
     if given.command == "choose":
-        print(declared(choice(given.sweep, given.scale)))
+        print(summary(given.sweep, given.scale))
     elif given.command == "confirm":
         return int(sum(confirm(name, given.scale, given.dirty) for name in names) > 0)
     elif given.command == "plan":

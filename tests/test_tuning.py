@@ -1,0 +1,329 @@
+"""Searches: live trials, what they chose, and how it comes into the cells of another sweep."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+import pytest
+from projects import leave, new_project
+from vqstudy import cells, files, records, study, tuning
+from vqstudy.trials import drawn, knobs_of
+from vqstudy.tuning import Trial
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = """lr: float = 0.1
+nu: float = 1.0
+method: str = "a"
+lengths: list = []
+seed: int = 0
+out: str = ""
+"""
+HEAD = "notebook: walk\nmetric: error\n"
+RATE = HEAD + "seeds: [7]\nscales: {desk: {grid: {method: [a, b], lr: [0.1, 0.2, 0.4]}}}\n"
+SEARCH = HEAD + """seeds: [7]
+scales:
+  desk:
+    tuned_by: {rate: [lr]}
+    grid: [{method: [a, b], nu: [0.1, 0.3, 0.8, 1.5]}, {method: [c]}]
+"""
+AGAIN = HEAD + """grid: {method: [a, b, c]}
+seeds: [8, 9]
+scales: {desk: {tuned_by: {rate: [lr], search: 2}}}
+"""
+TABLE = HEAD + """grid: {method: [a, b, c]}
+seeds: [0, 1]
+scales: {smoke: {fixed: {nu: 0.5}}, desk: {tuned_by: {rate: [lr], again: 1}}}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    sweeps = dict(rate=RATE, search=SEARCH, again=AGAIN, table=TABLE)
+    new_project(tmp_path, PARAMETERS, "1", **sweeps)
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def measure(name, error, status=lambda p: "done", scale="desk"):
+    "Rows of a whole sweep, the error a function of the parameters."
+    for cell in cells.plan(name, scale):
+        p = cell.parameters
+        given = dict(error=error(p))
+        if p["lengths"]:
+            leave(cell, {}, status(p), lengths=[dict(updates=n) | given for n in p["lengths"]])
+        else:
+            leave(cell, given, status(p))
+    records.collect(name, scale, dirty=True)
+
+
+def rated(p):
+    "a is best at .1, b at .4; both together at .2, by the geometric mean: 2.83, 1.48, 1.53."
+    errors = {"a": {0.1: 1.0, 0.2: 1.1, 0.4: 1.3}, "b": {0.1: 8.0, 0.2: 2.0, 0.4: 1.8}}
+    return errors[p["method"]][p["lr"]]
+
+
+def searched(p):
+    "a is best at .3 by this seed, with .8 next to it; b at 1.5."
+    if p["method"] == "c":
+        return 1.0
+    best = 0.3 if p["method"] == "a" else 1.5
+    return 1 + abs(math.log(p["nu"] / best))
+
+
+def again(p):
+    "Other seeds show that a is better at its second setting."
+    return 0.1 if (p["method"], p["nu"]) == ("a", 0.8) else searched(p)
+
+
+# ---- what the plan reads ----
+
+
+def test_a_chain_of_searches_decides_the_cells_of_a_table(project):
+    measure("rate", rated)
+    measure("search", searched)
+    assert {cell.parameters["lr"] for cell in cells.plan("search", "desk")} == {0.2}
+    measure("again", again)
+    planned = cells.plan("table", "desk")
+    wanted = [dict(lr=0.2, nu=0.8), dict(lr=0.2, nu=1.5), dict(lr=0.2)]
+    assert [cell.tuned for cell in planned[::2]] == wanted
+    assert not any(cell.waits for cell in planned) and len({cell.id for cell in planned}) == 6
+    # a cell is what it would be with the values written down
+    given = dict(method="a", seed=0, lr=0.2, nu=0.8)
+    assert planned[0].id == cells.cell_id("walk", cells.check("walk", given))
+    with_seeds = tuning.trials("again", "desk")["a"]
+    assert [sorted(trial.by_seed) for trial in with_seeds] == [[7, 8, 9]] * 2
+    assert [trial.setting for trial in with_seeds] == [dict(nu=0.3), dict(nu=0.8)]
+
+
+def test_the_rate_of_all_is_that_of_the_least_geometric_mean(project):
+    measure("rate", rated)
+    # the arithmetic means of .2 and .4 are equal
+    assert tuning.shared("rate", "desk", ["lr"]) == dict(lr=0.2)
+
+
+def test_a_rate_at_which_one_method_diverged_is_not_chosen(project):
+    lost = lambda p: "diverged" if (p["method"], p["lr"]) == ("a", 0.2) else "done"
+    measure("rate", rated, lost)
+    assert tuning.shared("rate", "desk", ["lr"]) == dict(lr=0.4)
+
+
+def test_what_waits_is_named_and_does_not_run(project, capsys):
+    for name in ("search", "again", "table"):
+        (why,) = {cell.waits for cell in cells.plan(name, "desk")}
+        assert why.startswith("rate, scale desk: 6 of 6 trials are not in the results")
+    measure("rate", rated)
+    (why,) = {cell.waits for cell in cells.plan("table", "desk")}
+    assert why.startswith("search, scale desk: 9 of 9 trials")
+    assert study.main(["plan", "--scale", "desk", "--sweep", "table"]) == 0
+    shown = capsys.readouterr().out
+    assert f"table waits: {why}" in shown and "0 of 6 cells would run" in shown
+    with pytest.raises(ValueError, match="table waits: search, scale desk: 9 of 9 trials"):
+        study.todo(["table"], "desk")
+    ready, tables, _ = study.todo(["search", "table"], "desk")
+    assert {cell.sweep for cell in ready} == {"search"} and tables == ["search"]
+    assert f"table waits: {why}" in study.report(["search", "table"], "desk")
+
+
+def test_a_waiting_cell_has_an_id_of_its_own_and_is_refused(project, capsys):
+    cell = cells.plan("table", "desk")[0]
+    assert cell.id != cells.cell_id("walk", cell.parameters)
+    words = ["cell", "--scale", "desk", "--sweep", "table", "--cell", cell.id]
+    assert study.main(words) == 2 and "is not in table.yaml" in capsys.readouterr().err
+
+
+def test_smoke_needs_no_search(project):
+    assert {cell.parameters["nu"] for cell in cells.plan("table", "smoke")} == {0.5}
+    assert not any(cell.waits or cell.tuned for cell in cells.plan("table", "smoke"))
+
+
+def test_the_dry_run_shows_what_was_chosen(project, capsys):
+    for name, error in (("rate", rated), ("search", searched), ("again", again)):
+        measure(name, error)
+    study.main(["plan", "--scale", "desk", "--sweep", "table"])
+    shown = capsys.readouterr().out.splitlines()
+    assert "table: a: lr 0.2, nu 0.8, by rate and again" in shown
+    assert "table: c: lr 0.2, by rate and again" in shown and shown.count(shown[-3]) == 1
+
+
+MISTAKES = [
+    ("{rate: [lr], again: 1}", "{rate: [lr, steps]}", "differ in the values that they tried"),
+    ("{rate: [lr], again: 1}", "{rate: lr}", "rate takes a number of settings"),
+    ("{rate: [lr], again: 1}", "{search: 1, again: 1}", "again takes a number of settings"),
+    ("{rate: [lr], again: 1}", "{table: 1}", "table is tuned by table"),
+    ("[a, b, c]}", "[a, d]}", "again has no trial of 'd'"),
+    ("seeds: [0, 1]", "seeds: [0, 1]\nfixed: {lr: 0.2}", "parameter 'lr' is set by the sweep"),
+]
+
+
+@pytest.mark.parametrize("old, new, why", MISTAKES)
+def test_a_mistake_is_named(project, old, new, why):
+    for name, error in (("rate", rated), ("search", searched), ("again", again)):
+        measure(name, error)
+    assert TABLE.count(old) == 1
+    files.write(project / "nbs/sweeps/table.yaml", TABLE.replace(old, new))
+    with pytest.raises(ValueError, match="table.yaml") as error:
+        cells.plan("table", "desk")
+    assert why in str(error.value)
+
+
+def test_a_search_of_another_scale(project):
+    for name, error in (("rate", rated), ("search", searched), ("again", again)):
+        measure(name, error)
+    text = TABLE.replace("desk:", "paper:")
+    for name in ("rate", "again"):
+        text = text.replace(f"{name}:", f"{name}@desk:")
+    files.write(project / "nbs/sweeps/table.yaml", text)
+    assert cells.plan("table", "paper")[0].tuned == dict(lr=0.2, nu=0.8)
+
+
+# ---- live trials ----
+
+
+def trials_of(scores, **knobs):
+    "Trials whose knobs are lists."
+    settings = [dict(zip(knobs, values)) for values in zip(*knobs.values())]
+    return [Trial(setting, {0: score}) for setting, score in zip(settings, scores)]
+
+
+LIVE = [
+    ([1.0, 1.02, 1.025], dict(lr=[1.0, 5.0, 25.0]), [True, True, False]),  # 1.0 is 25 times off
+    ([1.0, 1.009, 2.0], dict(lr=[1.0, 5.0, 5e4]), [False, False, True]),   # the nearest counts
+    ([math.inf, math.inf, 1.0], dict(lr=[1.0, 2.0, 90.0]), [False, False, True]),
+    ([1.0, 2.0], dict(rule=["sgd", "adamw"], lr=[1.0, 1.0]), [False, False]),
+    ([1.0, 2.0], dict(beta=[0.9, 0.995], lr=[1.0, 1.0]), [True, True]),
+    ([1.0], dict(lr=[1.0]), [False]),
+]
+
+
+@pytest.mark.parametrize("scores, knobs, wanted", LIVE)
+def test_a_trial_is_live_where_a_tenfold_change_moves_the_metric(scores, knobs, wanted):
+    assert tuning.live(trials_of(scores, **knobs)) == wanted
+
+
+def test_more_trials_are_for_dead_ones_alone(project):
+    grid = "[{method: [a], nu: [0.1, 0.2, 0.3]}, {method: [b], nu: [0.1, 0.2]}]"
+    files.write(project / "nbs/sweeps/search.yaml", HEAD + f"scales: {{desk: {{grid: {grid}}}}}")
+    measure("search", lambda p: p["nu"])
+    with pytest.raises(ValueError, match="different numbers of trials: {'a': 3, 'b': 2}"):
+        tuning.choice("search", "desk")
+    for cell in cells.plan("search", "desk"):
+        shutil.rmtree(cell.folder)
+    (project / "data/results/search.csv").unlink()
+    measure("search", lambda p: 1.0 if p["method"] == "a" else p["nu"])
+    assert tuning.choice("search", "desk")["b"] == dict(nu=0.1)
+
+
+def test_trials_beyond_the_range_are_no_unfair_ones(project):
+    grid = "[{method: [a], nu: [0.1, 1.0, 4.0, 9.0]}, {method: [b], nu: [0.1, 1.0]}]"
+    files.write(project / "nbs/sweeps/search.yaml", HEAD + f"scales: {{desk: {{grid: {grid}}}}}")
+    measure("search", lambda p: 1 / p["nu"])
+    assert tuning.choice("search", "desk") == dict(a=dict(nu=9.0), b=dict(nu=1.0))
+
+
+def test_the_summary_counts_and_extends(project, capsys):
+    measure("rate", rated)
+    measure("search", searched)
+    assert study.main(["choose", "--scale", "desk", "--sweep", "search"]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["a", "4", "4", "0", "1", "nu", "0.3"] in lines and ["c", "1", "-", "-", "1"] in lines
+    assert "b: nu 1.5 is at the end of its range; 2 to 20 is next:" in shown
+    of_b = [line[2:] for line in shown.splitlines() if line.startswith('- {"method": ["b"]')]
+    more = [json.loads(line)["nu"][0] for line in of_b]
+    assert [2 <= nu <= 20 for nu in more] == [True] * 4 + [False]
+    assert "a: nu" not in shown
+    assert study.main(["choose", "--scale", "desk", "--sweep", "rate"]) == 0
+    assert 'for all methods: {"lr": 0.2}' in capsys.readouterr().out
+
+
+# ---- the search of Table 3 ----
+
+
+METHODS = cells.sweep("huh_tab03_best")["grid"]["method"]
+
+
+def own(cell, names):
+    return {name: cell.parameters[name] for name in names}
+
+
+@pytest.mark.parametrize("scale", ["desk", "gpu"])
+def test_every_row_has_sixteen_trials_in_its_own_knobs(scale):
+    planned = cells.plan("huh_tab03_tune", scale)
+    assert list(dict.fromkeys(cell.parameters["method"] for cell in planned))[0] == "none"
+    assert {cell.parameters["method"] for cell in planned} == set(METHODS)
+    for method in METHODS:
+        mine = [cell for cell in planned if cell.parameters["method"] == method]
+        knobs = knobs_of(method)
+        assert [own(cell, knobs) for cell in mine] == (drawn(knobs) if knobs else [{}])
+        rest = [own(cell, sorted(cell.parameters.keys() - set(knobs))) for cell in mine]
+        assert all(each == rest[0] for each in rest)
+
+
+def test_the_control_row_has_sixteen_trials_at_sgds_rates():
+    planned = cells.plan("huh_tab03_sgd", "desk")
+    knobs = ["codebook_lr", "beta"]
+    wanted = drawn(knobs, 16, 0, {"codebook_lr": (1e3, 1e7)})
+    assert [own(cell, knobs) for cell in planned] == wanted
+    assert {cell.parameters["codebook_optimizer"] for cell in planned} == {"sgd"}
+
+
+def test_the_codebooks_own_rate_is_the_same_for_all_rates_of_the_network():
+    planned = [cell.parameters for cell in cells.plan("huh_tab03_rate", "desk")]
+    assert {p["method"] for p in planned} == {"none", "vq", "vq + l2 + replace"}
+    moved = [p["lr"] * p["codebook_lr"] for p in planned if p["method"] != "none"]
+    assert moved == pytest.approx([0.02] * 8)
+
+
+SHARED = ("train_limit", "validation", "lengths", "warmup_updates", "batch_size", "autocast")
+
+
+def test_all_parts_of_the_search_measure_the_same():
+    names = [name for name in cells.sweeps("desk") if name.startswith("huh_tab03_")]
+    parts = set(names) - {"huh_tab03_celeba"}
+    assert parts == {f"huh_tab03_{part}" for part in ("rate", "tune", "best", "sgd")}
+    kinds = {json.dumps(own(c, SHARED)) for name in parts for c in cells.plan(name, "desk")}
+    assert [json.loads(kind)["lengths"] for kind in kinds] == [[390]]
+    table = own(cells.plan("huh_tab03", "desk")[0], ("warmup_updates", "batch_size", "autocast"))
+    assert table.items() <= json.loads(*kinds).items()
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    "The sweeps of Table 3 and the notebook that they run, without results or code."
+    for folder in ("nbs/sweeps", "nbs/runs"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = ["settings.ini", "nbs/runs/reconstruct.ipynb"]
+    names += [str(p.relative_to(ROOT)) for p in (ROOT / "nbs/sweeps").glob("huh_tab03*.yaml")]
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def rows_of(name, error):
+    "A table of a sweep's cells, as results have it, without records."
+    rows = []
+    for cell in cells.plan(name, "desk"):
+        row = dict(cell=cell.id, scale="desk", status="done", updates=390)
+        rows.append(row | dict(mse=error(cell.parameters)))
+    files.write_table(records.results_folder("desk") / f"{name}.csv", rows, rows[0])
+
+
+def test_the_search_of_table_3_decides_all_its_rows(real):
+    target = dict(codebook_lr=40.0, map_lr=1.0, keys_lr=2.0, nu=0.2, beta=0.98, ema_decay=0.9)
+
+    def error(p):
+        knobs = knobs_of(p["method"])
+        far = [abs(math.log(p[k] / target[k])) for k in knobs]
+        return 1 + sum(far) + abs(math.log(p["lr"] / 2e-3))
+
+    for name in ("huh_tab03_rate", "huh_tab03_tune", "huh_tab03_best"):
+        rows_of(name, error)
+    assert len(cells.plan("huh_tab03_best", "desk")) == 2 * (1 + 3 * (len(METHODS) - 1))
+    for name in ("huh_tab03", "huh_tab03_celeba"):
+        for cell in cells.plan(name, "desk"):
+            knobs = knobs_of(cell.parameters["method"])
+            assert set(cell.tuned) == {"lr", *knobs} and cell.parameters["lr"] == 2e-3
+            if knobs:
+                tried = [error(cell.parameters | trial) for trial in drawn(knobs)]
+                assert error(cell.parameters) == min(tried)
