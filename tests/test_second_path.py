@@ -32,7 +32,7 @@ ROWS = {name: row for name, row in recompute.read_ledger(LEDGER).items() if row[
 
 def test_a_second_path_gives_the_ledgers_words():
     assert list(recompute.differences(OURS, LEDGER)) == []
-    assert len(ROWS) > 50 and {row["kind"] for row in ROWS.values()} == {"identity", "toy", "run"}
+    assert len(ROWS) > 30 and {row["kind"] for row in ROWS.values()} == {"identity", "toy", "run"}
 
 
 def test_the_second_path_knows_nothing_of_the_package():
@@ -66,14 +66,19 @@ def test_a_changed_word_is_seen(name):
     assert len(found) == 1 and found[0].startswith(f"{name}: {word}, the ledger says ")
 
 
-OTHER = {"seeds": r"\| 10 \|", "effect [95%]": r"\[[+×]?0?\.?", "p (Holm)": r"\d\.\d+e-\d+ \("}
+# what stands in each column of a row that has seeds and an interval, and what is planted there
+OTHER = {
+    "seeds": (r"\| \d+ \|", "| 997 |"),
+    "effect [95%]": (r"\[[+×−-]?0?\.?", "[+7"),
+    "p (Holm)": (r"[\d.e-]+ \(", "0.512 ("),
+}
 
 
 @pytest.mark.parametrize("column", OTHER)
 def test_a_changed_number_is_seen(column):
-    new = {"seeds": "| 11 |", "effect [95%]": "[+7", "p (Holm)": "0.5 ("}[column]
-    name = next(n for n, row in ROWS.items() if row["seeds"] == "10" and "e-" in row["p (Holm)"])
-    found = list(recompute.differences(OURS, planted(name, OTHER[column], new)))
+    old, new = OTHER[column]
+    whole = (n for n, row in ROWS.items() if row["seeds"].isdigit() and "[" in row["effect [95%]"])
+    found = list(recompute.differences(OURS, planted(name := next(whole), old, new)))
     assert len(found) == 1 and found[0].startswith(f"{name}: ")
 
 
