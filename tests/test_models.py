@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from vqstudy.autoencoders import Autoencoder, reconstruction_loss
 from vqstudy.bottleneck import around
-from vqstudy.cells import modules, notebook_path
+from vqstudy.cells import notebook_path
+from vqstudy.code import modules
 from vqstudy.classifiers import Classifier
 from vqstudy.quantizers import recipe
 
