@@ -89,12 +89,6 @@ def run(path: Path, x: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def one_precision() -> None:
-    "torch's default: its exporter refuses a process that has set cuDNN's precision in two ways."
-    torch.backends.cudnn.allow_tf32 = True
-
-
-@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
