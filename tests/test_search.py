@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.func import vmap
 from vqstudy import certificate, kernels
-from vqstudy.search import distances, nearest, two_nearest
+from vqstudy.search import TrueFloat32, distances, nearest, two_nearest
 
 SIZES = [
     (1, 1, 1),
@@ -335,3 +335,33 @@ ZEROS = torch.zeros(5, 3)
 def test_bad_input_is_named(z, codebook, options, error, words):
     with pytest.raises(error, match=words):
         nearest(z, codebook, **options)
+
+
+class Switch:
+    "What torch's switches have."
+
+    def __init__(self, precision: str):
+        self.fp32_precision = precision
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "ieee", "none"])
+def test_precision_is_full_while_any_thread_is_inside_and_as_before_after_the_last(precision):
+    switch = Switch(precision)
+    full = TrueFloat32(switch)
+    inside = "ieee" if precision in ("tf32", "bf16") else precision
+    for order in ([0, 1], [1, 0]):  # who leaves first
+        held = [full, full]
+        for one in held:
+            one.__enter__()
+            assert switch.fp32_precision == inside
+        for which in order:
+            assert switch.fp32_precision == inside
+            held[which].__exit__(None, None, None)
+        assert switch.fp32_precision == precision
+
+
+def test_an_error_inside_puts_the_precision_back():
+    switch = Switch("tf32")
+    with pytest.raises(ValueError, match="inside"), TrueFloat32(switch):
+        raise ValueError("inside")
+    assert switch.fp32_precision == "tf32"

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .checks import one_of, whole
 from .data import cache_folder
 from .scores import as_float, device_of
+from .search import TrueFloat32
 
 # %% ../nbs/lib/09a_perceptual.ipynb #8418362a
 class Weights(NamedTuple):
@@ -306,7 +307,7 @@ def features(
     device = torch.device(device)
     net = efflite0(device, side) if name == "efflite0" else inception(device)
     batches = x.split(BATCH.get(device.type, 32))
-    with _full_precision():
+    with _full_precision:
         return torch.cat([net(batch.to(device)).cpu() for batch in batches])
 
 
@@ -319,16 +320,8 @@ def _check_images(x: Tensor, least: int) -> None:
         raise ValueError(f"x must hold at least {least} images, (n, 3, h, w), got shape {shape}")
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    "Inside, convolutions on a GPU are in float32 and not in TF32."
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
+# of convolutions on a GPU
+_full_precision = TrueFloat32(torch.backends.cudnn.conv)
 
 # %% ../nbs/lib/09a_perceptual.ipynb #825037a9
 FEATURES_VERSION = 1  # of the file and of the way to the features; a new number drops older files
@@ -563,7 +556,7 @@ def perceptual_scores(
     sums = dict.fromkeys(nets, 0.0)
     copies = []
     finite = True
-    with _evaluating(model, device), _full_precision():
+    with _evaluating(model, device), _full_precision:
         for batch in x.split(batch_size):
             real = as_float(batch, device)
             y = model(real).x.float().clamp(0, 1)
