@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 import pandas as pd
 import pytest
+from demo import CLAIM
 from vqstudy.rule import Margin, find, judge, last_change, load_changes, margin_of, word_of
 from vqstudy.stats import SAYS, Claim, Contrast, load_claims
 
@@ -109,26 +110,6 @@ def test_a_change_names_claims_that_there_are_or_were():
 
 
 # ---- the rule ----
-
-CLAIM = Claim(
-    id="demo",
-    source="huh2023",
-    place="p",
-    text="t",
-    metric="mse",
-    says="lower",
-    smallest=0.05,
-    scales=["desk"],
-    kind="run",
-    about="final",
-    document_updates=10_000,
-    better="lower",
-    unit="ratio",
-    sweep="s",
-    a=dict(method="a"),
-    b=dict(method="b"),
-)
-
 
 def words_of_contrasts():
     "The word of many intervals, at two margins, with and without lost runs."

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import assume, given, strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.weightstats import ttost_paired
+from demo import CLAIM
 from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured, as_claimed, carried_on
 from vqstudy.rule import find, handed_over, in_size, judge, load_changes, margin_of, may_decide
 from vqstudy.rule import measure, off_scale, on_scale, pooled, region_p, word_of
-from vqstudy.stats import SAYS, Claim, Contrast, interval, over_seeds, paired
+from vqstudy.stats import SAYS, Contrast, interval, over_seeds, paired
 from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation
 from vqstudy.tables import over_settings, seeds_for, variance_of
 
@@ -177,25 +178,6 @@ def test_rank_correlation_is_scipys_with_a_wider_interval():
 
 # ---- from rows to a finding ----
 
-CLAIM = Claim(
-    id="demo",
-    source="huh2023",
-    place="Table 3",
-    text="text",
-    metric="mse",
-    says="lower",
-    smallest=0.05,
-    scales=["desk"],
-    kind="run",
-    about="final",
-    document_updates=10_000,
-    better="lower",
-    unit="ratio",
-    sweep="s",
-    a=dict(method="a"),
-    b=dict(method="b"),
-    published=0.5,
-)
 NOISE = (0.01, -0.01, 0.0, 0.004)
 
 
