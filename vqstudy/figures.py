@@ -106,7 +106,7 @@ def _decimals(low: float, high: float, neutral: float) -> int:
 
 
 def effect_text(found: Contrast, unit: str = "difference", base: float = math.nan) -> str:
-    """An effect and its interval as a claim states it: `×0.63 [0.50, 0.79]`, `+0.12 [-0.03, +0.27]`.
+    """An effect and its interval as a claim states it: `×0.63 [0.50, 0.79]`, `+0.1 [-0.2, +0.4]`.
 
     found: on the scale of the unit (logarithms of a ratio, log odds of a share whose other side is
     `base`). An exact result and a single seed have no interval; no finite pair is an empty text.
