@@ -211,11 +211,12 @@ def conclude(
     strange = [name for name in found if name not in claims or claims[name].figure != stem]
     if strange:
         raise ValueError(f"found: data/claims.toml has no claim {strange[0]} of the figure {stem}")
-    evidence(stem, dict(found), scale, updates)
-    length = updates if isinstance(updates, Mapping) else dict.fromkeys(found, updates)
+    length = {} if updates is None else dict(updates=updates)
+    evidence(stem, dict(found), scale, **length)
+    at = updates if isinstance(updates, Mapping) else dict.fromkeys(found, updates)
     place = scale or "toy"
     findings = {
-        name: handed_over(claims[name], _as_contrast(value), place, length.get(name))
+        name: handed_over(claims[name], _as_contrast(value), place, at.get(name))
         for name, value in found.items()
     }
     return _said([claims[name] for name in found], findings, shown)
