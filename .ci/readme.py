@@ -63,7 +63,7 @@ def readme(notebook: NotebookNode) -> str:
     "The text of README.md. Raises ValueError as `filled` does."
     text = "\n\n".join(blocks(notebook))
     # the notebook lies one folder deeper than README.md
-    return text.replace("](../", "](").replace('src="../', 'src="') + "\n"
+    return re.sub(r'(\]\(|src="|href=")\.\./', r"\1", text) + "\n"
 
 
 if __name__ == "__main__":
