@@ -132,14 +132,20 @@ def test_every_link_of_the_ledger_leads_to_a_file_of_the_repository():
         assert not anchor or anchor in anchors, f"ledger.md links to #{anchor}"
 
 
+@functools.cache
+def figures_of_sweeps():
+    return {name: cells.sweep(name)["figures"] for name in cells.sweeps()}
+
+
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
 def test_a_claim_links_to_what_decides_it(claim):
     row = COMMITTED[claim.id]
-    names = [claim.sweep] if claim.sweep else []
+    names, figures = [claim.sweep], figures_of_sweeps().get(claim.sweep, [])
     if claim.figure:
-        names = [name for name in cells.sweeps() if claim.figure in cells.sweep(name)["figures"]]
+        names = [name for name, drawn in figures_of_sweeps().items() if claim.figure in drawn]
+        figures = [claim.figure]
     wanted = [f"nbs/sweeps/{name}.yaml" for name in names]
-    wanted += [f"nbs/figs/{claim.figure}.ipynb"] if claim.figure else []
+    wanted += [f"nbs/figs/{figure}.ipynb" for figure in figures]
     if row["scale"]:
         wanted += [f"data/results/{name}.json" for name in names]
         wanted += [f"data/results/toys/{claim.figure}.json"] if claim.figure else []

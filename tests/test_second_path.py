@@ -70,6 +70,7 @@ def test_a_changed_word_is_seen(name):
 OTHER = {
     "seeds": (r"<br>\d+ seeds", "<br>997 seeds"),
     "effect [95%]": (r"(?<=\d) \[[+-]?", " [+7"),
+    "last digit": (r"\d(?=, [+-]?[\d.]+\])", lambda digit: str((int(digit[0]) + 2) % 10)),
     "p (Holm)": (r"<br>p [\d.e-]+ \(", "<br>p 0.512 ("),
 }
 
