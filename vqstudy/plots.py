@@ -8,6 +8,7 @@ __all__ = ['WIDTH', 'LOOK', 'COLOURS', 'SETS', 'MARKERS', 'TONES', 'style', 'pan
 
 # %% ../nbs/lib/12_plots.ipynb #5de9a4aa
 import colorsys
+import re
 from pathlib import Path
 from typing import Any
 import matplotlib.pyplot as plt
@@ -149,5 +150,7 @@ def save_table(
 ) -> Path:
     "Write figures/<stem>.md: the caption, then the table as Markdown."
     path = figure_path(stem, ".md", scale, folder)
-    path.write_text(f"{caption}\n\n{table.to_markdown(index=False)}\n")
+    # tabulate pads every cell to its column's widest
+    rows = re.sub(r" +\|", " |", table.to_markdown(index=False))
+    path.write_text(f"{caption}\n\n{re.sub('-{4,}', '---', rows)}\n")
     return path
