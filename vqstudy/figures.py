@@ -221,7 +221,7 @@ def conclude(
     }
     return _said([claims[name] for name in found], findings, shown)
 
-
+# %% ../nbs/lib/12b_figures.ipynb #3760146d
 def _as_contrast(value: Any) -> Contrast:
     "An exact number or an interval as a contrast."
     if isinstance(value, Contrast):
