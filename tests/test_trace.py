@@ -27,7 +27,7 @@ CLAIMS = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
 QUOTED = {
     "huh_a02_ema_is_commitment": {15},
     "huh_a10_bounds": {15},
-    "huh_fig10_affine_toy": {0.71, 0.55},  # seconds; square roots of .5 and .3
+    "huh_fig06_gradient_gap": {90},
     "huh_fig09_early_collapse": {0.98, 224, 1024, 196},
     "huh_tab03_reconstruction": {90, 16384, 96},
     "kalomaze_fig_router_toy": {256},
