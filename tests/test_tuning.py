@@ -124,6 +124,25 @@ def test_what_waits_is_named_and_does_not_run(project, capsys):
     assert f"table waits: {why}" in study.report(["search", "table"], "desk")
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_nothing_is_collected_of_a_sweep_that_waits(project, capsys, older):
+    if older:  # rows of before it was tuned, and the files as another version wrote them
+        untuned = TABLE.replace("{tuned_by: {rate: [lr], again: 1}}", "{}")
+        files.write(project / "nbs/sweeps/table.yaml", untuned)
+        leave(cells.plan("table", "desk")[0], dict(error=1.0))
+        records.collect("table", "desk", dirty=True)
+        files.write(project / "nbs/sweeps/table.yaml", TABLE)
+    made = [path for path in (project / "data").rglob("*.*") if path.suffix != ".lock"]
+    for path in made:
+        path.write_text(path.read_text() + "\n")
+    before = {path: path.read_bytes() for path in made}
+    assert study.main(["collect", "--scale", "desk", "--sweep", "table"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("data/results/table.csv" if older else "table waits: rate, scale desk")
+    after = [path for path in (project / "data").rglob("*.*") if path.suffix != ".lock"]
+    assert {path: path.read_bytes() for path in after} == before
+
+
 def test_a_waiting_cell_has_an_id_of_its_own_and_is_refused(project, capsys):
     cell = cells.plan("table", "desk")[0]
     assert cell.id != cells.cell_id("walk", cell.parameters)

@@ -613,6 +613,15 @@ def _launch(given: argparse.Namespace) -> int:
     return launch(names[0], given.scale, command, given.fresh, given.commit)
 
 
+def _collected(name: str, scale: str, dirty: bool) -> str:
+    "Collect a sweep; where its table is, or why there is none."
+    table = collect(name, scale, dirty)
+    if table.is_file():
+        return str(table.relative_to(root()))
+    why = waiting([name], scale).get(name)
+    return f"{name} waits: {why}" if why else f"{name}: there is no record to collect"
+
+# %% ../nbs/lib/11_study.ipynb #2f4caab3
 def _obey(given: argparse.Namespace) -> int:
     "Do what the command line says; the exit code."
     if given.command == "cell":
@@ -635,8 +644,8 @@ def _obey(given: argparse.Namespace) -> int:
     elif given.command == "plan":
         print(overview(names, given.scale, given.missing))
     else:
-        tables = [collect(name, given.scale, given.dirty) for name in names]
-        print(*(table.relative_to(root()) for table in tables), sep="\n")
+        for name in names:
+            print(_collected(name, given.scale, given.dirty))
     return 0
 
 
