@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'COMMANDS', 'REFUSALS', 'execute', 'publish', 'lacking', 'in_turn', 'run_cell', 'confirm',
-           'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'waiting', 'todo', 'overview',
-           'report', 'rows_left', 'main']
+           'figure_state', 'drawn', 'draw_figure', 'toys', 'cleaned', 'redraw', 'option', 'chosen', 'waiting', 'todo',
+           'overview', 'report', 'rows_left', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #92f33563
 import argparse, json, os, shutil, subprocess, sys, time
@@ -25,7 +25,7 @@ from .provenance import SET_FOLDERS, commit, now, provenance, require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
 from .records import rename_cells, results_folder, save_record, state, unplanned
 from .tuning import in_words, summary
-from .run import Run, out_of_time
+from .run import Run, checkpoint_name, out_of_time, reached
 from .weights import has_weights, parent_of
 from .worktree import commit_rows, launch, loose, place
 
@@ -83,14 +83,20 @@ def publish(cell: Cell) -> None:
 
 
 def _wrappers_record(
-    cell: Cell, status: str, error: tuple[str, str], started: str, seconds: float
+    cell: Cell,
+    status: str,
+    error: tuple[str, str],
+    started: str,
+    seconds: float,
+    lengths: list[dict[str, Any]] = [],     # those that were finished
 ) -> dict[str, Any]:
     "The record that the wrapper writes for a notebook that could not."
     past = provenance(cell.notebook, started, cell.parameters.get("dataset", ""))
     past |= dict(fingerprint=cell.fingerprint, notebook_verified=True)  # it ran the file itself
     cost = dict(seconds=round(seconds, 3))
     text = ": ".join(error)
-    return make_record(cell.id, cell.parameters, past, status, cost=cost, error=text)
+    whole = dict(cost=cost, error=text, lengths=lengths)
+    return make_record(cell.id, cell.parameters, past, status, **whole)
 
 
 def _name(cell: Cell) -> str:
@@ -120,15 +126,23 @@ def _told(cell: Cell, record: dict[str, Any]) -> list[str]:
     return []
 
 # %% ../nbs/lib/11_study.ipynb #fbd7a81b
-def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: float) -> int:
+def _finish(
+    cell: Cell,
+    error: tuple[str, str] | None,
+    started: str,
+    seconds: float,
+    checkpoint: Path,
+) -> int:
     "Make a record, a failure or a pause of what the notebook left; the exit code."
     name = _name(cell)
     if error and error[0] == "OutOfTime":
         print(f"{name}  paused at the time budget: {error[1]}", flush=True)
         return OUT_OF_TIME
     if error and error[0] == "NonFiniteLoss":
-        diverged = _wrappers_record(cell, "diverged", error, started, seconds)
-        save_record(cell.work / "record", diverged)
+        # what it had finished stands
+        left = reached(checkpoint)
+        diverged = _wrappers_record(cell, "diverged", error, started, seconds, left["lengths"])
+        save_record(cell.work / "record", diverged, left["history"])
         error = None
     record = read_record(cell.work / "record" / "record.json")
     if not error and (not record or record["cell"] != cell.id):
@@ -272,11 +286,13 @@ def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
         if lacks := lacking([this]) or _lacking_weights(this):
             raise FileNotFoundError(lacks)
         _prepare(this)
+        # named now: the code may change while this runs
+        checkpoint = this.work / checkpoint_name(this.id, fingerprint(this.notebook))
         given = this.parameters | dict(out=str((this.work / "record").relative_to(root())))
         takes = wants_gpu(this) and "SLURM_JOB_ID" not in os.environ
         with gpu() if takes else nullcontext():
             error = execute(notebook_path(this.notebook), this.work, given)
-        code = _finish(this, error, started, time.monotonic() - begin)
+        code = _finish(this, error, started, time.monotonic() - begin, checkpoint)
     if code != OUT_OF_TIME and not short:
         _take_rows(this)
     return code
@@ -369,6 +385,21 @@ def _has_results(stem: str) -> bool:
     folders = [results_folder(scale) for scale in SCALES if scale != "smoke"]
     return any((folder / f"{name}.csv").is_file() for folder in folders for name in names)
 
+# %% ../nbs/lib/11_study.ipynb #c388d818
+def cleaned(book: Any) -> Any:
+    "A notebook without what tells when, in which order and by which kernel it was executed."
+    book.metadata = {key: x for key, x in book.metadata.items() if key == "kernelspec"}
+    for cell in book.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        for numbered in [cell, *cell.get("outputs", [])]:
+            if "execution_count" in numbered:
+                numbered.execution_count = None
+            # the base64 of a picture ends in a newline, which nbdev takes away
+            for kind in {"image/png", "image/jpeg"} & numbered.get("data", {}).keys():
+                numbered.data[kind] = numbered.data[kind].rstrip()
+    return book
+
 # %% ../nbs/lib/11_study.ipynb #338d166a
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
@@ -378,11 +409,12 @@ def _redraw(path: Path) -> bool:
     book = nbformat.read(path, 4)
     where = {"metadata": {"path": str(root())}}
     try:
-        NotebookClient(book, timeout=None, kernel_name="python3", resources=where).execute()
+        client = NotebookClient(book, timeout=None, kernel_name="python3", resources=where)
+        client.execute()
     except Exception as error:
         print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
         return False
-    write(path, nbformat.writes(book) + "\n")
+    write(path, nbformat.writes(cleaned(book)) + "\n")
     print(f"{path.stem}  drawn", flush=True)
     return True
 
