@@ -6,7 +6,7 @@
 __all__ = ['deadline', 'out_of_time', 'checkpoint_name', 'Run', 'reached']
 
 # %% ../nbs/lib/10i_run.ipynb #838110ce
-import os, time
+import json, os, time
 from pathlib import Path
 from typing import Any
 import vqstudy
@@ -124,6 +124,7 @@ class _Begun:
         "The provenance of the record, with what was taken from other cells."
         past = provenance(self.notebook, self.started, self.parameters.get("dataset", ""))
         past |= self._place.source.provenance() | dict(fingerprint=self._place.code())
+        past |= json.loads(os.environ.get("VQSTUDY_TUNED") or "{}")
         if self._parents:
             codes = {name: told["fingerprint"] for name, told in self._parents.items()}
             past["parents"] = self._parents

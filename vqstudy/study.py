@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
-from .cells import SCALES, Cell, parameters, plan, sweep, sweeps, tuned_by
+from .cells import SCALES, Cell, parameters, plan, sweep, sweeps, tuned_by, tuned_from
 from .checks import one_of
 from .code import digest, fingerprint, notebook_path, root
 from .confirm import elsewhere, representatives, settle, shortened, told
@@ -93,6 +93,7 @@ def _wrappers_record(
     "The record that the wrapper writes for a notebook that could not."
     past = provenance(cell.notebook, started, cell.parameters.get("dataset", ""))
     past |= dict(fingerprint=cell.fingerprint, notebook_verified=True)  # it ran the file itself
+    past |= tuned_from(cell)
     cost = dict(seconds=round(seconds, 3))
     text = ": ".join(error)
     whole = dict(cost=cost, error=text, lengths=lengths)
@@ -227,6 +228,7 @@ def _prepare(cell: Cell) -> None:
             path.unlink()
     os.environ |= dict(VQSTUDY_SWEEP=cell.sweep, VQSTUDY_SCALE=cell.scale)
     os.environ["VQSTUDY_WEIGHTS"] = "keep" if cell.keeps else ""
+    os.environ["VQSTUDY_TUNED"] = json.dumps(tuned_from(cell))
     told = {name: parent_of(name, parent.id).told for name, parent in cell.parents.items()}
     os.environ["VQSTUDY_NEEDS"] = json.dumps(told, sort_keys=True) if told else ""
     threads = cell.parameters.get("threads")
@@ -522,10 +524,19 @@ def _tuned_lines(name: str, scale: str, waits: str) -> list[str]:
     "What searches chose for the cells of a sweep, or why they wait: a line per method."
     if waits:
         return [f"{name} waits: {waits}"]
-    searches = " and ".join(tuned_by(name, scale))
-    found = [(cell.parameters.get("method", ""), cell.tuned) for cell in plan(name, scale)]
-    lines = [f"{name}: {method}: {in_words(tuned)}" for method, tuned in found if tuned]
-    return [f"{line}, by {searches}" for line in dict.fromkeys(lines)]
+    planned = plan(name, scale)
+    lines = []
+    for search in tuned_by(name, scale):
+        stem, _, other = search.partition("@")
+        if planned[0].searches[stem] != (asked := other or scale):
+            lines.append(f"{name}: {stem} has no row at {asked}: what it chose at desk stands in")
+    for cell in planned:
+        places = [stem if at == scale else f"{stem}@{at}" for stem, at in cell.searches.items()]
+        like = f", as for {cell.tuned_as}" if cell.tuned_as else ""
+        if cell.tuned:
+            who = f"{name}: {cell.parameters.get('method', '')}"
+            lines.append(f"{who}: {in_words(cell.tuned)}, by {' and '.join(places)}{like}")
+    return list(dict.fromkeys(lines))
 
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
