@@ -87,6 +87,7 @@ def reconstruct(tmp_path, monkeypatch):
     sweep = (ROOT / "nbs/sweeps/huh_tab03.yaml").read_text()
     sweep = "".join(line for line in sweep.splitlines(True) if "tuned_by:" not in line)
     new_project(tmp_path, PARAMETERS, "1", table=sweep)
+    shutil.copytree(ROOT / "nbs/sweeps/protocols", tmp_path / "nbs/sweeps/protocols")
     notebook(tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"]))
     monkeypatch.setenv("VQSTUDY_ROOT", str(tmp_path))
     return tmp_path / "nbs/runs/reconstruct.ipynb", "".join(tagged["source"])

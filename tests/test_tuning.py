@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 import pytest
-from projects import leave, new_project
+import yaml
+from projects import leave, new_project, notebook
 from vqstudy import cells, files, records, study, tuning
 from vqstudy.trials import drawn, knobs_of
 from vqstudy.tuning import Trial
@@ -33,6 +37,10 @@ scales: {desk: {tuned_by: {rate: [lr], search: 2}}}
 TABLE = HEAD + """grid: {method: [a, b, c]}
 seeds: [0, 1]
 scales: {smoke: {fixed: {nu: 0.5}}, desk: {tuned_by: {rate: [lr], again: 1}}}
+"""
+FAR = HEAD + """grid: {method: [a, b, c]}
+seeds: [0]
+scales: {smoke: {tuned_by: {again: 1}}, gpu: {tuned_by: {rate: [lr], again: 1}}}
 """
 
 
@@ -124,6 +132,25 @@ def test_what_waits_is_named_and_does_not_run(project, capsys):
     assert f"table waits: {why}" in study.report(["search", "table"], "desk")
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_nothing_is_collected_of_a_sweep_that_waits(project, capsys, older):
+    if older:  # rows of before it was tuned, and the files as another version wrote them
+        untuned = TABLE.replace("{tuned_by: {rate: [lr], again: 1}}", "{}")
+        files.write(project / "nbs/sweeps/table.yaml", untuned)
+        leave(cells.plan("table", "desk")[0], dict(error=1.0))
+        records.collect("table", "desk", dirty=True)
+        files.write(project / "nbs/sweeps/table.yaml", TABLE)
+    made = [path for path in (project / "data").rglob("*.*") if path.suffix != ".lock"]
+    for path in made:
+        path.write_text(path.read_text() + "\n")
+    before = {path: path.read_bytes() for path in made}
+    assert study.main(["collect", "--scale", "desk", "--sweep", "table"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("data/results/table.csv" if older else "table waits: rate, scale desk")
+    after = [path for path in (project / "data").rglob("*.*") if path.suffix != ".lock"]
+    assert {path: path.read_bytes() for path in after} == before
+
+
 def test_a_waiting_cell_has_an_id_of_its_own_and_is_refused(project, capsys):
     cell = cells.plan("table", "desk")[0]
     assert cell.id != cells.cell_id("walk", cell.parameters)
@@ -174,6 +201,110 @@ def test_a_search_of_another_scale(project):
         text = text.replace(f"{name}:", f"{name}@desk:")
     files.write(project / "nbs/sweeps/table.yaml", text)
     assert cells.plan("table", "paper")[0].tuned == dict(lr=0.2, nu=0.8)
+
+
+# ---- a scale at which no search has run ----
+
+
+@pytest.fixture
+def far(project):
+    "The project after its searches at desk, with a table at gpu."
+    for name, error in (("rate", rated), ("search", searched), ("again", again)):
+        measure(name, error)
+    files.write(project / "nbs/sweeps/far.yaml", FAR)
+    return project
+
+
+def at_gpu(project, name, **changes):
+    "Give a search the scale gpu, where it is what it is at desk but for some replacements."
+    path = project / f"nbs/sweeps/{name}.yaml"
+    table = yaml.safe_load(path.read_text())
+    text = json.dumps(table["scales"]["desk"])
+    for old, new in changes.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    table["scales"]["gpu"] = json.loads(text)
+    path.write_text(json.dumps(table))
+
+
+def test_desks_choice_stands_in_and_is_said_and_recorded(far, capsys):
+    planned = cells.plan("far", "gpu")
+    assert [c.tuned for c in planned] == [c.tuned for c in cells.plan("table", "desk")[::2]]
+    assert all(c.searches == dict(rate="desk", again="desk") and not c.waits for c in planned)
+    study.main(["plan", "--scale", "gpu", "--sweep", "far"])
+    shown = capsys.readouterr().out.splitlines()
+    for search in ("rate", "again"):
+        assert f"far: {search} has no row at gpu: what it chose at desk stands in" in shown
+    assert "far: a: lr 0.2, nu 0.8, by rate@desk and again@desk" in shown
+    assert cells.tuned_from(planned[0]) == dict(tuned_by=dict(rate="desk", again="desk"))
+
+
+def test_at_smoke_nothing_is_tuned(far):
+    default = cells.check("walk", dict(method="a", seed=0))
+    first = cells.plan("far", "smoke")[0]
+    assert first.parameters == default and first.tuned == {} == cells.tuned_from(first)
+
+
+def test_a_search_that_has_rows_at_the_scale_decides_there(far):
+    at_gpu(far, "rate")
+    worst = lambda p: 1 / rated(p)
+    measure("rate", worst, scale="gpu")
+    (first, *_) = cells.plan("far", "gpu")
+    assert first.searches == dict(rate="gpu", again="desk")
+    assert first.tuned["lr"] == tuning.shared("rate", "gpu", ["lr"])["lr"] != 0.2
+
+
+def test_a_search_that_is_on_its_way_at_the_scale_is_waited_for(far):
+    at_gpu(far, "rate")
+    leave(cells.plan("rate", "gpu")[0], dict(error=1.0))
+    records.collect("rate", "gpu", dirty=True)
+    (why,) = {cell.waits for cell in cells.plan("far", "gpu")}
+    assert why.startswith("rate, scale gpu: 5 of 6 trials are not in the results")
+
+
+def test_a_second_round_is_of_the_scale_of_its_first(far):
+    at_gpu(far, "search", rate="rate@desk")
+    at_gpu(far, "again", rate="rate@desk")
+    # no trial at gpu yet: the table goes by desk, and the second round waits for the first
+    assert cells.plan("far", "gpu")[0].searches["again"] == "desk"
+    (why,) = {cell.waits for cell in cells.plan("again", "gpu")}
+    assert why.startswith("search, scale gpu: 9 of 9 trials are not in the results")
+    measure("search", searched, scale="gpu")
+    assert not any(cell.waits for cell in cells.plan("again", "gpu"))
+    # now the search is on its way, and the table waits for its second round
+    (why,) = {cell.waits for cell in cells.plan("far", "gpu")}
+    assert why.startswith("again, scale gpu: 10 of 10 trials are not in the results")
+
+
+def test_where_desk_has_no_row_either_desk_is_waited_for(project):
+    files.write(project / "nbs/sweeps/far.yaml", FAR)
+    (why,) = {cell.waits for cell in cells.plan("far", "gpu")}
+    assert why.startswith("rate, scale desk: 6 of 6 trials are not in the results")
+
+
+def test_a_method_that_no_search_tried_may_be_tuned_as_another(far, capsys):
+    text = FAR.replace("[a, b, c]", "[a, d]") + "tuned_as: {d: b}\n"
+    files.write(far / "nbs/sweeps/far.yaml", text)
+    a, d = cells.plan("far", "gpu")
+    assert d.tuned == cells.plan("table", "desk")[2].tuned and (a.tuned_as, d.tuned_as) == ("", "b")
+    assert cells.tuned_from(d)["tuned_as"] == "b" and "tuned_as" not in cells.tuned_from(a)
+    study.main(["plan", "--scale", "gpu", "--sweep", "far"])
+    line = "far: d: lr 0.2, nu 1.5, by rate@desk and again@desk, as for b"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_record_says_which_searches_decided(far):
+    run = "from vqstudy.study import Run\nrun = Run('walk', globals())\n"
+    run += "assert method != 'c'\nrun.save(dict(error=1.0))"
+    # that says where it runs needs no GPU for being of that scale
+    notebook(far / "nbs/runs/walk.ipynb", 'device: str = "cpu"\n' + PARAMETERS, run)
+    for cell in cells.plan("far", "gpu")[::2]:
+        words = ["cell", "--scale", "gpu", "--sweep", "far", "--cell", cell.id]
+        command = [sys.executable, "-m", "vqstudy.study", *words]
+        env = dict(os.environ, PYTHONPATH=str(ROOT))
+        subprocess.run(command, cwd=ROOT, env=env, capture_output=True)
+        record = records.found(cell)
+        assert record["status"] == ("failed" if cell.parameters["method"] == "c" else "done")
+        assert record["provenance"]["tuned_by"] == dict(rate="desk", again="desk")
 
 
 # ---- live trials ----
@@ -292,6 +423,7 @@ def real(tmp_path, monkeypatch):
     "The sweeps of Table 3 and the notebook that they run, without results or code."
     for folder in ("nbs/sweeps", "nbs/runs"):
         (tmp_path / folder).mkdir(parents=True)
+    shutil.copytree(ROOT / "nbs/sweeps/protocols", tmp_path / "nbs/sweeps/protocols")
     names = ["settings.ini", "nbs/runs/reconstruct.ipynb"]
     names += [str(p.relative_to(ROOT)) for p in (ROOT / "nbs/sweeps").glob("huh_tab03*.yaml")]
     for name in names:
@@ -322,8 +454,20 @@ def test_the_search_of_table_3_decides_all_its_rows(real):
     assert len(cells.plan("huh_tab03_best", "desk")) == 2 * (1 + 3 * (len(METHODS) - 1))
     for name in ("huh_tab03", "huh_tab03_celeba"):
         for cell in cells.plan(name, "desk"):
+            assert cell.searches == dict(huh_tab03_rate="desk", huh_tab03_best="desk")
             knobs = knobs_of(cell.parameters["method"])
             assert set(cell.tuned) == {"lr", *knobs} and cell.parameters["lr"] == 2e-3
             if knobs:
                 tried = [error(cell.parameters | trial) for trial in drawn(knobs)]
                 assert error(cell.parameters) == min(tried)
+    # the search has not run on a GPU; the rotation trick without replacement is in no search
+    planned = cells.plan("huh_tab03_celeba", "gpu")
+    by_method = {cell.parameters["method"]: cell for cell in planned}
+    assert all(cell.searches == dict(huh_tab03_best="desk") for cell in planned)
+    at_desk = {c.parameters["method"]: c.tuned for c in cells.plan("huh_tab03", "desk")}
+    for method in at_desk:
+        assert by_method[method].tuned.items() <= at_desk[method].items()
+    borrowed = by_method["vq + rotation + ema"]
+    assert borrowed.tuned == by_method["vq + rotation + ema + replace"].tuned
+    assert set(borrowed.tuned) == set(knobs_of("vq + rotation + ema")) == {"beta", "ema_decay"}
+    assert {c.tuned_as for c in planned} == {"", "vq + rotation + ema + replace"}

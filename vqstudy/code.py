@@ -161,7 +161,7 @@ def code_digest(source: str) -> str:
 
 # %% ../nbs/lib/09b_code.ipynb #d23d70bf
 # modules that move results and make none
-BOOKKEEPING = {"cells", "code", "confirm", "files", "forecast", "processes", "provenance"}
+BOOKKEEPING = {"cells", "code", "confirm", "files", "forecast", "grids", "processes", "provenance"}
 BOOKKEEPING |= {"records", "run", "study", "tuning", "weights", "worktree"}
 
 

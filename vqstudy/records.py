@@ -12,7 +12,7 @@ import json, math, re
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 from .cells import DEFAULTS, Cell, Parameter, cell_id, neutral, parameters, plan, sweep
-from .checks import one_of
+from .checks import one_of, whole
 from .code import fingerprint, root
 from .files import locked, merged, plain_number, read_table, sample_grid, text, write
 from .files import write_table
@@ -350,7 +350,8 @@ def _refuse_dirty(name: str, new: list[tuple[Cell, dict[str, Any]]]) -> None:
 def collect(name: str, scale: str, dirty: bool = False) -> Path:
     """Merge what a sweep's cells have left here into its table, and return the table's path.
 
-    A second call writes the same bytes. dirty: whether a dirty tree may be collected from.
+    A second call writes the same bytes; of a sweep without a row, or one that waits, none.
+    dirty: whether a dirty tree may be collected from.
     Raises ValueError for a dirty tree, at all scales but smoke.
     """
     cells = plan(name, scale)
@@ -369,6 +370,8 @@ def collect(name: str, scale: str, dirty: bool = False) -> Path:
             if is_evidence and commit()["dirty"]:
                 record["provenance"] |= dict(collected_dirty=True)
             table.merge(cell, record)
+        if not table.rows or all(cell.waits for cell in cells):
+            return table.csv
         # of old records, too: a picture whose cell is planned no more gives way to theirs
         for cell, record in records if shown else []:
             longest = (table.rows_of(cell) or [None])[-1]
@@ -511,38 +514,53 @@ def _figure_code(stem: str) -> str:
     return fingerprint(root() / "nbs" / "figs" / f"{stem}.ipynb")
 
 
-def evidence(stem: str, found: dict[str, Any], scale: str = "") -> Path:
-    """Keep what the figure notebook `stem` found on claims, for the ledger.
-
-    found: {claim id: exact number, Interval or Contrast}.
-    scale: of the results it read; empty for a toy.
-    Raises FileNotFoundError without such a notebook, ValueError without a claim, TypeError.
-    """
-    if not found:
-        raise ValueError(f"evidence of {stem}: found is empty; it takes at least one claim")
-    claims = {name: _as_numbers(name, value) for name, value in found.items()}
-    whole = dict(
-        notebook=stem, fingerprint=_figure_code(stem), scale=scale or "toy", claims=claims
-    )
-    path = results_folder(scale) / "toys" / f"{stem}.json"
-    whole["provenance"] = _first_found(path, whole)
-    write(path, json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    return path
-
-
-def _first_found(path: Path, whole: dict[str, Any]) -> dict[str, Any]:
+def _first_found(path: Path, left: dict[str, Any]) -> dict[str, Any]:
     "Where evidence is from: what its file says of the same evidence, unless that was a dirty tree."
     here = commit() | dict(device=device(), versions=versions())
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     past = before.pop("provenance", None)
     mended = past and past["dirty"] and here["dirty"] is False
-    return past if past and before == whole and not mended else here
+    return past if past and before == left and not mended else here
+
+# %% ../nbs/lib/10b_records.ipynb #fad9d67f
+def _check_updates(updates: int | dict[str, int] | None, found: dict[str, Any]) -> None:
+    "Raise ValueError or TypeError unless updates are whole numbers, of claims that were found."
+    if not isinstance(updates, dict):
+        updates = {} if updates is None else {"": updates}
+    elif strange := ", ".join(name for name in updates if name not in found):
+        raise ValueError(f"updates: nothing was found on {strange}")
+    for name, count in updates.items():
+        whole(f"updates of {name}".removesuffix(" of "), count)
+
+
+def evidence(
+    stem: str,
+    found: dict[str, Any],                          # {claim: exact number, Interval or Contrast}
+    scale: str = "",                                # of the results it read; empty for a toy
+    updates: int | dict[str, int] | None = None,    # after which it was measured, or by claim
+) -> Path:
+    """Keep what the figure notebook `stem` found on claims, for the ledger.
+
+    Raises FileNotFoundError without such a notebook, ValueError without a claim, TypeError.
+    """
+    if not found:
+        raise ValueError(f"evidence of {stem}: found is empty; it takes at least one claim")
+    _check_updates(updates, found)
+    claims = {name: _as_numbers(name, value) for name, value in found.items()}
+    left = dict(notebook=stem, fingerprint=_figure_code(stem), scale=scale or "toy", claims=claims)
+    if updates:
+        left["updates"] = updates
+    path = results_folder(scale) / "toys" / f"{stem}.json"
+    left["provenance"] = _first_found(path, left)
+    write(path, json.dumps(left, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return path
 
 # %% ../nbs/lib/10b_records.ipynb #a4a69ac5
 def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
-    """All evidence that figure notebooks have left, by claim: figure, scale, current, contrast.
+    """All evidence that figure notebooks have left, by claim.
 
-    current: whether it is by the notebook's present code.
+    Of each: figure, scale, current (whether it is by the notebook's present code), contrast, and
+    updates (None where they are not known).
     Raises FileNotFoundError for evidence without its notebook, ValueError for a claim with two.
     """
     from vqstudy.stats import Contrast
@@ -550,13 +568,15 @@ def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
     claims: dict[str, dict[str, Any]] = {}
     for path in sorted((results_folder(scale) / "toys").glob("*.json")):
         figure = path.stem
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        current = whole["fingerprint"] == _figure_code(figure)
-        for name, values in whole["claims"].items():
+        left = json.loads(path.read_text(encoding="utf-8"))
+        current = left["fingerprint"] == _figure_code(figure)
+        updates = left.get("updates")
+        for name, values in left["claims"].items():
             if name in claims:
                 both = f"{claims[name]['figure']} and {figure} both give evidence"
                 raise ValueError(f"claim {name}: {both}; one must decide")
             contrast = Contrast(**{key: math.nan if x is None else x for key, x in values.items()})
-            entry = dict(figure=figure, scale=whole["scale"], current=current, contrast=contrast)
-            claims[name] = entry
+            entry = dict(figure=figure, scale=left["scale"], current=current, contrast=contrast)
+            length = updates.get(name) if isinstance(updates, dict) else updates
+            claims[name] = entry | dict(updates=length)
     return claims

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_TIME', 'COMMANDS', 'REFUSALS', 'execute', 'publish', 'lacking', 'in_turn', 'run_cell', 'confirm',
-           'figure_state', 'drawn', 'draw_figure', 'toys', 'redraw', 'option', 'chosen', 'waiting', 'todo', 'overview',
-           'report', 'rows_left', 'main']
+           'figure_state', 'drawn', 'draw_figure', 'toys', 'cleaned', 'redraw', 'option', 'chosen', 'waiting', 'todo',
+           'overview', 'report', 'rows_left', 'main']
 
 # %% ../nbs/lib/11_study.ipynb #92f33563
 import argparse, json, os, shutil, subprocess, sys, time
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
-from .cells import SCALES, Cell, parameters, plan, sweep, sweeps, tuned_by
+from .cells import SCALES, Cell, parameters, plan, sweep, sweeps, tuned_by, tuned_from
 from .checks import one_of
 from .code import digest, fingerprint, notebook_path, root
 from .confirm import elsewhere, representatives, settle, shortened, told
@@ -25,7 +25,7 @@ from .provenance import SET_FOLDERS, commit, now, provenance, require_clean
 from .records import collect, entries, found, in_results, make_record, read_record
 from .records import rename_cells, results_folder, save_record, state, unplanned
 from .tuning import in_words, summary
-from .run import Run, out_of_time
+from .run import Run, checkpoint_name, out_of_time, reached
 from .weights import has_weights, parent_of
 from .worktree import commit_rows, launch, loose, place
 
@@ -83,14 +83,21 @@ def publish(cell: Cell) -> None:
 
 
 def _wrappers_record(
-    cell: Cell, status: str, error: tuple[str, str], started: str, seconds: float
+    cell: Cell,
+    status: str,
+    error: tuple[str, str],
+    started: str,
+    seconds: float,
+    lengths: list[dict[str, Any]] = [],     # those that were finished
 ) -> dict[str, Any]:
     "The record that the wrapper writes for a notebook that could not."
     past = provenance(cell.notebook, started, cell.parameters.get("dataset", ""))
     past |= dict(fingerprint=cell.fingerprint, notebook_verified=True)  # it ran the file itself
+    past |= tuned_from(cell)
     cost = dict(seconds=round(seconds, 3))
     text = ": ".join(error)
-    return make_record(cell.id, cell.parameters, past, status, cost=cost, error=text)
+    whole = dict(cost=cost, error=text, lengths=lengths)
+    return make_record(cell.id, cell.parameters, past, status, **whole)
 
 
 def _name(cell: Cell) -> str:
@@ -120,15 +127,23 @@ def _told(cell: Cell, record: dict[str, Any]) -> list[str]:
     return []
 
 # %% ../nbs/lib/11_study.ipynb #fbd7a81b
-def _finish(cell: Cell, error: tuple[str, str] | None, started: str, seconds: float) -> int:
+def _finish(
+    cell: Cell,
+    error: tuple[str, str] | None,
+    started: str,
+    seconds: float,
+    checkpoint: Path,
+) -> int:
     "Make a record, a failure or a pause of what the notebook left; the exit code."
     name = _name(cell)
     if error and error[0] == "OutOfTime":
         print(f"{name}  paused at the time budget: {error[1]}", flush=True)
         return OUT_OF_TIME
     if error and error[0] == "NonFiniteLoss":
-        diverged = _wrappers_record(cell, "diverged", error, started, seconds)
-        save_record(cell.work / "record", diverged)
+        # what it had finished stands
+        left = reached(checkpoint)
+        diverged = _wrappers_record(cell, "diverged", error, started, seconds, left["lengths"])
+        save_record(cell.work / "record", diverged, left["history"])
         error = None
     record = read_record(cell.work / "record" / "record.json")
     if not error and (not record or record["cell"] != cell.id):
@@ -213,6 +228,7 @@ def _prepare(cell: Cell) -> None:
             path.unlink()
     os.environ |= dict(VQSTUDY_SWEEP=cell.sweep, VQSTUDY_SCALE=cell.scale)
     os.environ["VQSTUDY_WEIGHTS"] = "keep" if cell.keeps else ""
+    os.environ["VQSTUDY_TUNED"] = json.dumps(tuned_from(cell))
     told = {name: parent_of(name, parent.id).told for name, parent in cell.parents.items()}
     os.environ["VQSTUDY_NEEDS"] = json.dumps(told, sort_keys=True) if told else ""
     threads = cell.parameters.get("threads")
@@ -272,11 +288,13 @@ def run_cell(name: str, scale: str, cell: str, short: bool = False) -> int:
         if lacks := lacking([this]) or _lacking_weights(this):
             raise FileNotFoundError(lacks)
         _prepare(this)
+        # named now: the code may change while this runs
+        checkpoint = this.work / checkpoint_name(this.id, fingerprint(this.notebook))
         given = this.parameters | dict(out=str((this.work / "record").relative_to(root())))
         takes = wants_gpu(this) and "SLURM_JOB_ID" not in os.environ
         with gpu() if takes else nullcontext():
             error = execute(notebook_path(this.notebook), this.work, given)
-        code = _finish(this, error, started, time.monotonic() - begin)
+        code = _finish(this, error, started, time.monotonic() - begin, checkpoint)
     if code != OUT_OF_TIME and not short:
         _take_rows(this)
     return code
@@ -369,6 +387,21 @@ def _has_results(stem: str) -> bool:
     folders = [results_folder(scale) for scale in SCALES if scale != "smoke"]
     return any((folder / f"{name}.csv").is_file() for folder in folders for name in names)
 
+# %% ../nbs/lib/11_study.ipynb #c388d818
+def cleaned(book: Any) -> Any:
+    "A notebook without what tells when, in which order and by which kernel it was executed."
+    book.metadata = {key: x for key, x in book.metadata.items() if key == "kernelspec"}
+    for cell in book.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        for numbered in [cell, *cell.get("outputs", [])]:
+            if "execution_count" in numbered:
+                numbered.execution_count = None
+            # the base64 of a picture ends in a newline, which nbdev takes away
+            for kind in {"image/png", "image/jpeg"} & numbered.get("data", {}).keys():
+                numbered.data[kind] = numbered.data[kind].rstrip()
+    return book
+
 # %% ../nbs/lib/11_study.ipynb #338d166a
 def _redraw(path: Path) -> bool:
     "Execute a figure notebook in place; whether that went well. One that fails stays as it was."
@@ -378,11 +411,12 @@ def _redraw(path: Path) -> bool:
     book = nbformat.read(path, 4)
     where = {"metadata": {"path": str(root())}}
     try:
-        NotebookClient(book, timeout=None, kernel_name="python3", resources=where).execute()
+        client = NotebookClient(book, timeout=None, kernel_name="python3", resources=where)
+        client.execute()
     except Exception as error:
         print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
         return False
-    write(path, nbformat.writes(book) + "\n")
+    write(path, nbformat.writes(cleaned(book)) + "\n")
     print(f"{path.stem}  drawn", flush=True)
     return True
 
@@ -490,10 +524,19 @@ def _tuned_lines(name: str, scale: str, waits: str) -> list[str]:
     "What searches chose for the cells of a sweep, or why they wait: a line per method."
     if waits:
         return [f"{name} waits: {waits}"]
-    searches = " and ".join(tuned_by(name, scale))
-    found = [(cell.parameters.get("method", ""), cell.tuned) for cell in plan(name, scale)]
-    lines = [f"{name}: {method}: {in_words(tuned)}" for method, tuned in found if tuned]
-    return [f"{line}, by {searches}" for line in dict.fromkeys(lines)]
+    planned = plan(name, scale)
+    lines = []
+    for search in tuned_by(name, scale):
+        stem, _, other = search.partition("@")
+        if planned[0].searches[stem] != (asked := other or scale):
+            lines.append(f"{name}: {stem} has no row at {asked}: what it chose at desk stands in")
+    for cell in planned:
+        places = [stem if at == scale else f"{stem}@{at}" for stem, at in cell.searches.items()]
+        like = f", as for {cell.tuned_as}" if cell.tuned_as else ""
+        if cell.tuned:
+            who = f"{name}: {cell.parameters.get('method', '')}"
+            lines.append(f"{who}: {in_words(cell.tuned)}, by {' and '.join(places)}{like}")
+    return list(dict.fromkeys(lines))
 
 # %% ../nbs/lib/11_study.ipynb #b09e900e
 def overview(names: list[str], scale: str, missing: bool = False) -> str:
@@ -613,6 +656,15 @@ def _launch(given: argparse.Namespace) -> int:
     return launch(names[0], given.scale, command, given.fresh, given.commit)
 
 
+def _collected(name: str, scale: str, dirty: bool) -> str:
+    "Collect a sweep; where its table is, or why there is none."
+    table = collect(name, scale, dirty)
+    if table.is_file():
+        return str(table.relative_to(root()))
+    why = waiting([name], scale).get(name)
+    return f"{name} waits: {why}" if why else f"{name}: there is no record to collect"
+
+# %% ../nbs/lib/11_study.ipynb #2f4caab3
 def _obey(given: argparse.Namespace) -> int:
     "Do what the command line says; the exit code."
     if given.command == "cell":
@@ -635,8 +687,8 @@ def _obey(given: argparse.Namespace) -> int:
     elif given.command == "plan":
         print(overview(names, given.scale, given.missing))
     else:
-        tables = [collect(name, given.scale, given.dirty) for name in names]
-        print(*(table.relative_to(root()) for table in tables), sep="\n")
+        for name in names:
+            print(_collected(name, given.scale, given.dirty))
     return 0
 
 
