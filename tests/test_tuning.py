@@ -402,7 +402,7 @@ def test_the_codebooks_own_rate_is_the_same_for_all_rates_of_the_network():
     planned = [cell.parameters for cell in cells.plan("huh_tab03_rate", "desk")]
     assert {p["method"] for p in planned} == {"none", "vq", "vq + l2 + replace"}
     moved = [p["lr"] * p["codebook_lr"] for p in planned if p["method"] != "none"]
-    assert moved == pytest.approx([0.02] * 8)
+    assert moved == pytest.approx([0.02] * 12)
 
 
 SHARED = ("train_limit", "validation", "lengths", "warmup_updates", "batch_size", "autocast")
