@@ -211,8 +211,7 @@ def conclude(
     strange = [name for name in found if name not in claims or claims[name].figure != stem]
     if strange:
         raise ValueError(f"found: data/claims.toml has no claim {strange[0]} of the figure {stem}")
-    length = {} if updates is None else dict(updates=updates)
-    evidence(stem, dict(found), scale, **length)
+    evidence(stem, dict(found), scale, updates)
     at = updates if isinstance(updates, Mapping) else dict.fromkeys(found, updates)
     place = scale or "toy"
     findings = {
@@ -221,7 +220,7 @@ def conclude(
     }
     return _said([claims[name] for name in found], findings, shown)
 
-# %% ../nbs/lib/12b_figures.ipynb #3760146d
+# %% ../nbs/lib/12b_figures.ipynb #43e7730d
 def _as_contrast(value: Any) -> Contrast:
     "An exact number or an interval as a contrast."
     if isinstance(value, Contrast):
