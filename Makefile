@@ -33,7 +33,7 @@ fitting = $(filter-out 3.11.% 3.12.% 3.13.%,$(firstword $(call found,$(1))))
 found = $(or $(shell "$(1)" -c "$(FOUND)" 2>/dev/null),no $(1))
 NEEDED := Python 3.11 to 3.13 is needed
 
-.PHONY: help setup test lab readme execute at-hand
+.PHONY: help setup browser test lab readme execute at-hand
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -57,11 +57,38 @@ $(VENV)/.ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[study,dev]'
 	touch $@
 
-test: $(READY)  ## clean, export, diff, form; run the library notebooks, the smoke study (runs/ and figs/), then pytest
+# what looks at the figures: a browser, what knows the installed fonts, and the figures' two faces
+BROWSER_PACKAGES := chromium fontconfig fonts-dejavu-core fonts-dejavu-extra
+define GET_BROWSER
+has_all() {
+  { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null &&
+    command -v fc-match >/dev/null && fc-list 'DejaVu Sans:style=Oblique' | grep -q .
+}
+install() {
+  $$become env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20 \
+    -o DPkg::Lock::Timeout=60 "$$@"
+}
+if has_all; then exit; fi
+become=
+if test "$$(id -u)" != 0; then become='sudo -n'; fi
+# the lists of packages may be missing or old
+wanted='install --no-install-recommends $(BROWSER_PACKAGES)'
+install $$wanted >/dev/null 2>&1 || { install update && install $$wanted; }
+if has_all; then exit; fi
+echo 'Figures cannot be looked at. Install a browser and fonts by hand, in Debian: $(BROWSER_PACKAGES)'
+exit 1
+endef
+export GET_BROWSER
+
+browser:  ## install what looks at the figures, by apt-get as root or by sudo: Debian's chromium and fonts
+	@bash -c "$$GET_BROWSER"
+
+# -rs: what was skipped and why, as the figures without a browser
+test: $(READY)  ## clean, export, diff, form; run the library notebooks, the smoke study (runs/ and figs/), then pytest (which looks at the figures: make browser)
 	$(BIN)python .ci/check.py
 	$(BIN)python .ci/outputs.py
 	$(MAKE) study SCALE=smoke SWEEP=
-	$(BIN)python -m pytest -n 2 --dist worksteal
+	$(BIN)python -m pytest -n 2 --dist worksteal -rs
 
 lab: $(READY)  ## open the notebooks
 	$(BIN)jupyter lab nbs

@@ -322,15 +322,38 @@ def words(root, unplanned=None):
 # ---- beside the ledger ----
 
 
+KINDS = {"identities": "identity", "toys": "toy", "runs": "run"}
+
+
+def read_row(kind, fields):
+    "A row of the ledger: what its effect, its word and the lines below them say."
+    effect, *_ = fields["effect"].split("<br>")
+    word, *below = fields["word"].replace("**", "").split("<br>")
+    seeds = re.search(r"<br>(\d+) seeds?\b", fields["effect"])
+    place = re.search(r" (?:at (\w+)|in an? (?:toy|identity))", word)
+    updates = re.search(r" at \w+, ([\d,]+)(?= updates?| of the document)", word)
+    row = {"kind": kind, "word": word, "effect [95%]": "", "seeds": "", "scale": ""}
+    row["updates"] = updates[1].replace(",", "") if updates else ""
+    row["p (Holm)"] = "".join(line for line in below if line.startswith("p "))
+    row["as claimed"] = {"as claimed": "yes", "not as claimed": "no"}.get("".join(below[:1]), "")
+    if place:  # measured, so the first line of the effect is ours
+        row |= {"effect [95%]": effect, "scale": place[1] or "toy"}
+        row["seeds"] = seeds[1] if seeds else ""
+    return row | {name: fields[name] for name in ("claim", "contrast", "from")}
+
+
 def read_ledger(text):
-    "The rows of the ledger's tables by claim, each field by its column."
-    rows, columns = {}, []
+    "The rows of the ledger's tables by claim."
+    rows, kind, columns = {}, "", []
     for line in text.splitlines():
+        if line.startswith("### "):
+            kind = KINDS[line.rpartition(": ")[2]]
         fields = [field.strip() for field in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if fields[:1] == ["id"]:
+        anchor = re.match(r'<a id="([a-z0-9-]+)"></a>', fields[0]) if fields else None
+        if fields[:1] == ["claim"]:
             columns = fields
-        elif columns and fields and re.fullmatch(r"`[a-z0-9-]+`", fields[0]):
-            rows[fields[0].strip("`")] = dict(zip(columns, fields))
+        elif anchor:
+            rows[anchor[1]] = read_row(kind, dict(zip(columns, fields)))
     return rows
 
 
@@ -338,13 +361,22 @@ WORD = re.compile(
     r"(same direction|not opposite|no effect(, (same|other) side)?|opposite|undecided"
     r"|cannot decide|not measured)(?= at | in |$)"
 )
-NUMBER = r"[+×]?(-?[\d.]+(?:e[-+]?\d+)?)"
+NUMBER = r"[+×]?(-?(?:inf|[\d.]+(?:e[-+]?\d+)?))"
+
+
+def half_a_unit(number, has_interval):
+    "Of its last digit: an interval has so many decimals, a number alone three digits."
+    digits, _, power = number.partition("e")
+    if has_interval and not power:
+        return 0.5 * 10.0 ** -len(digits.partition(".")[2])
+    size = abs(float(number))
+    return 0.5 * 10.0 ** (math.floor(math.log10(size)) - 2) if 0 < size < math.inf else 0.0
 
 
 def shown_numbers(text):
-    "The numbers of an effect, `×(1+2e-7)` as what it stands for."
-    text = re.sub(r"×\(1([+-][\d.e-]+)\)", lambda m: f"×{1 + float(m[1]):.17g}", text)
-    return [float(x) for x in re.findall(NUMBER, text.replace("[", " ").replace(",", " "))]
+    "The numbers of an effect, each with how far it may lie from what it stands for."
+    numbers = re.findall(NUMBER, text.replace("[", " ").replace(",", " "))
+    return [(float(x), half_a_unit(x, "[" in text)) for x in numbers]
 
 
 def differences(ours, text):
@@ -365,8 +397,8 @@ def differences(ours, text):
             if row[column] != value:
                 yield f"{name}: {column} {value}, the ledger says {row[column]!r}"
         numbers = shown_numbers(row["effect [95%]"])
-        for value, shown in zip(one["ends"], numbers):
-            if abs(value - shown) > 0.006 * max(abs(value), 1e-9) + 1e-12:
+        for value, (shown, half) in zip(one["ends"], numbers):
+            if abs(value - shown) > 1.001 * half + 1e-12:
                 yield f"{name}: {value:.4g}, the ledger says {row['effect [95%]']!r}"
         if "adjusted" in one:
             p = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", row["p (Holm)"])]

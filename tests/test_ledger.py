@@ -4,13 +4,17 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 import pandas as pd
 import papermill
 import pytest
 from projects import leave, new_project, notebook
+from recompute import read_ledger
 from vqstudy import cells, records
+from vqstudy.figures import effect_text
 from vqstudy.quantizers import recipes
 from vqstudy.rule import as_claimed, margin_of, on_scale, word_of
 from vqstudy.stats import PLACES, SOURCES, Contrast, holds, interval, load_claims, paired
@@ -103,10 +107,67 @@ def test_large_claims_are_not_decided_by_small_runs():
             assert "desk" not in claim.scales
 
 
+LEDGER = (ROOT / "figures/ledger.md").read_text(encoding="utf-8")
+COMMITTED = read_ledger(LEDGER)
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+
+
 def test_committed_ledger_has_every_claim():
-    text = (ROOT / "figures" / "ledger.md").read_text(encoding="utf-8")
+    assert COMMITTED.keys() == {claim.id for claim in CLAIMS}
     for claim in CLAIMS:
-        assert claim.text in text, f"{claim.id} is not in figures/ledger.md: run `make figures`"
+        told = f"{claim.id} is not in figures/ledger.md: run `make figures`"
+        assert claim.text in COMMITTED[claim.id]["claim"], told
+        assert COMMITTED[claim.id]["kind"] == claim.kind
+
+
+def test_every_link_of_the_ledger_leads_to_a_file_of_the_repository():
+    command = ["git", "ls-files", "--cached", "--", "nbs", "data", "figures"]
+    known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    anchors = re.findall(r'<a id="([^"]+)"></a>', LEDGER)
+    assert sorted(anchors) == sorted(claim.id for claim in CLAIMS)
+    for path, anchor in LINK.findall(LEDGER):
+        if path:
+            target = os.path.normpath(f"figures/{path}")
+            assert target in known.splitlines(), f"ledger.md links to {path}"
+        assert not anchor or anchor in anchors, f"ledger.md links to #{anchor}"
+
+
+@functools.cache
+def figures_of_sweeps():
+    return {name: cells.sweep(name)["figures"] for name in cells.sweeps()}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_a_claim_links_to_what_decides_it(claim):
+    row = COMMITTED[claim.id]
+    names, figures = [claim.sweep], figures_of_sweeps().get(claim.sweep, [])
+    if claim.figure:
+        names = [name for name, drawn in figures_of_sweeps().items() if claim.figure in drawn]
+        figures = [claim.figure]
+    wanted = [f"nbs/sweeps/{name}.yaml" for name in names]
+    wanted += [f"nbs/figs/{figure}.ipynb" for figure in figures]
+    if row["scale"]:
+        wanted += [f"data/results/{name}.json" for name in names]
+        wanted += [f"data/results/toys/{claim.figure}.json"] if claim.figure else []
+        assert all((ROOT / path).is_file() for path in wanted)
+    there = {f"../{path}" for path in wanted if (ROOT / path).is_file()}
+    links = {path for path, _ in LINK.findall(row["from"])}
+    assert there <= links and (links or "to come" in row["from"])
+    assert f"](#{claim.id})" in row["claim"]
+
+
+def test_the_first_table_of_the_ledger_counts_the_claims_by_kind():
+    "The README shows it."
+    table = next(part for part in LEDGER.split("\n\n") if part.startswith("|"))
+    head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    counts = pd.DataFrame(rows, columns=head).set_index("kind").astype(int)
+    kinds = dict(identity="identities", toy="toys", run="runs")
+    measured = [row for row in COMMITTED.values() if row["scale"]]
+    for kind, name in kinds.items():
+        mine = [row for row in measured if row["kind"] == kind]
+        assert counts.claims[name] == sum(claim.kind == kind for claim in CLAIMS)
+        assert counts.measured[name] == len(mine) == counts.loc[name, head[3:-1]].sum()
+        assert counts["as claimed"][name] == sum(row["as claimed"] == "yes" for row in mine)
 
 
 # ---- a whole project of constructed results ----
@@ -187,24 +248,14 @@ def run(scale):
     records.collect("walks", scale)
 
 
-COLUMNS = ["id", "kind", "place", "claim", "contrast", "published", "effect", "size", "seeds"]
-COLUMNS += ["scale", "updates", "p", "word", "as claimed"]
-
-
 def draw(project, scale=""):
-    "Run the ledger in the project; its claims' rows, by the name in the text."
+    "Run the ledger in the project; its claims' rows, by id."
     source, target = ROOT / "nbs/figs/ledger.ipynb", project / "executed.ipynb"
     given = dict(scale=scale)
     where = dict(cwd=project, progress_bar=False, kernel_name="python3")
     papermill.execute_notebook(source, target, given, **where)
     figures = project / "figures" / ("smoke" if scale == "smoke" else "")
-    lines = (figures / "ledger.md").read_text(encoding="utf-8").splitlines()
-    rows = {}
-    for line in lines:
-        if "| text of " in line:
-            fields = [field.strip() for field in line.strip("|").split("|")]
-            rows[fields[3].removeprefix("text of ")] = dict(zip(COLUMNS, fields))
-    return rows
+    return read_ledger((figures / "ledger.md").read_text(encoding="utf-8"))
 
 
 WORDS = {
@@ -243,14 +294,16 @@ def test_ledger_from_results_to_words(project):
     claimed = {name: fields["as claimed"] for name, fields in rows.items() if fields["as claimed"]}
     assert claimed == AS_CLAIMED
     expected = paired(dict(enumerate(ERRORS["vq + l2"])), dict(enumerate(ERRORS["vq"])), "ratio")
-    mean, low, high = (f"×{math.exp(x):.3g}" for x in expected[:3])
     # desk has three seeds, gpu only one
     first = rows["reproduced"]
-    assert first["effect"] == f"{mean} [{low}, {high}]"
+    assert first["effect [95%]"] == effect_text(expected, "ratio")
     assert [first[name] for name in ("seeds", "scale", "kind")] == ["3", "desk", "run"]
-    assert [rows["toy-exact"][name] for name in ("effect", "p")] == ["+1e-09 (exact)", ""]
-    assert {rows["absent"][name] for name in ("effect", "seeds", "scale", "p")} == {""}
-    assert rows["no-worse"]["place"] == "p (our question)" and first["place"] == "p"
+    effect, p = "effect [95%]", "p (Holm)"
+    assert [rows["toy-exact"][name] for name in (effect, p)] == ["+1e-09 (exact)", ""]
+    assert {rows["absent"][name] for name in (effect, "seeds", "scale", p)} == {""}
+    places = [rows[name]["claim"].split("<br>")[1] for name in ("no-worse", "reproduced")]
+    assert places == ["p (our question) · [no-worse](#no-worse)", "p · [reproduced](#reproduced)"]
+    assert {name for name, row in rows.items() if f"text of {name}<" not in row["claim"]} == set()
     drawn = {path.name: path.read_bytes() for path in (project / "figures").glob("ledger.*")}
     assert set(drawn) == {"ledger.md", "ledger.svg"}
     text = drawn["ledger.md"].decode()
@@ -265,7 +318,7 @@ def test_ledger_gives_no_word_on_smoke(project):
     run("smoke")
     words = {name: fields["word"] for name, fields in draw(project, "smoke").items()}
     assert words["reproduced"] == "smoke decides nothing"
-    assert words["failed"] == "smoke decides nothing; 1 pair failed"
+    assert words["failed"] == "smoke decides nothing (1 pair failed)"
     assert words["absent"] == words["toy-exact"] == "not measured"
     assert not (project / "figures" / "ledger.md").exists()
 
@@ -301,7 +354,8 @@ def test_a_final_error_is_decided_at_desk_where_it_carries_on(project, late, wor
     lengthen(project, late)
     fields = draw(project)["reproduced"]
     assert fields["word"] == word and fields["updates"] == "800"
-    assert f"×{late:.3g} [" in fields["effect"] and bool(fields["p"]) == (late < 0.5)
+    shown = re.match(r"×([\d.]+) \[", fields["effect [95%]"])
+    assert abs(float(shown[1]) - late) < 5e-4 and bool(fields["p (Holm)"]) == (late < 0.5)
 
 
 def test_rows_measured_before_the_rule_say_so_and_those_after_do_not(project):

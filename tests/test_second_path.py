@@ -48,7 +48,7 @@ def test_the_second_path_knows_nothing_of_the_package():
 def planted(name, old, new):
     "The ledger with a change in the row of one claim."
     lines = LEDGER.split("\n")
-    i = next(i for i, line in enumerate(lines) if line.startswith(f"| `{name}` |"))
+    i = next(i for i, line in enumerate(lines) if f'<a id="{name}">' in line)
     changed = re.sub(old, new, lines[i], count=1)
     assert changed != lines[i]
     return "\n".join([*lines[:i], changed, *lines[i + 1 :]])
@@ -61,16 +61,17 @@ OTHER_WORD = {"opposite": "undecided", "no effect": "no effect, same side"}
 @pytest.mark.parametrize("name", ROWS)
 def test_a_changed_word_is_seen(name):
     word = OURS[name]["word"]
-    text = planted(name, rf"\| {word}(?= (at|in) )", f"| {OTHER_WORD.get(word, 'opposite')}")
+    text = planted(name, rf"\*\*{word}\*\*", f"**{OTHER_WORD.get(word, 'opposite')}**")
     found = list(recompute.differences(OURS, text))
     assert len(found) == 1 and found[0].startswith(f"{name}: {word}, the ledger says ")
 
 
 # what stands in each column of a row that has seeds and an interval, and what is planted there
 OTHER = {
-    "seeds": (r"\| \d+ \|", "| 997 |"),
-    "effect [95%]": (r"\[[+×−-]?0?\.?", "[+7"),
-    "p (Holm)": (r"[\d.e-]+ \(", "0.512 ("),
+    "seeds": (r"<br>\d+ seeds", "<br>997 seeds"),
+    "effect [95%]": (r"(?<=\d) \[[+-]?", " [+7"),
+    "last digit": (r"\d(?=, [+-]?[\d.]+\])", lambda digit: str((int(digit[0]) + 2) % 10)),
+    "p (Holm)": (r"<br>p [\d.e-]+ \(", "<br>p 0.512 ("),
 }
 
 
@@ -84,9 +85,9 @@ def test_a_changed_number_is_seen(column):
 
 def test_a_claim_that_is_missing_or_too_many_is_seen():
     name = next(iter(ROWS))
-    without = "\n".join(line for line in LEDGER.split("\n") if f"| `{name}` |" not in line)
+    without = "\n".join(line for line in LEDGER.split("\n") if f'<a id="{name}">' not in line)
     assert list(recompute.differences(OURS, without)) == [f"{name}: only in claims.toml"]
-    more = planted(name, f"`{name}`", "`nobody-says-so`")
+    more = planted(name, f'"{name}"', '"nobody-says-so"')
     assert "nobody-says-so: only in the ledger" in list(recompute.differences(OURS, more))
 
 

@@ -7,13 +7,18 @@ import ast
 import json
 import math
 import re
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / ".ci"))
+import readme  # noqa: E402
+
 FIGURES = sorted((ROOT / "nbs/figs").glob("*.ipynb"))
 INDEX = ROOT / "nbs/index.ipynb"
 CLAIMS = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
@@ -22,15 +27,15 @@ CLAIMS = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
 QUOTED = {
     "huh_a02_ema_is_commitment": {15},
     "huh_a10_bounds": {15},
-    "huh_fig10_affine_toy": {0.71, 0.55},  # seconds; square roots of .5 and .3
+    "huh_fig06_gradient_gap": {90},
     "huh_fig09_early_collapse": {0.98, 224, 1024, 196},
     "huh_tab03_reconstruction": {90, 16384, 96},
     "kalomaze_fig_router_toy": {256},
     "ledger": {256},
 }
-# The same in the README: versions; numbers of codes, epochs, and the name of CIFAR-10.
+# The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
 VERSIONS = {"3.11", "3.13", "2.0"}
-SET_UPS = {"8,192", "65,536", "1,024", "90", "10"}
+SET_UPS = {"8,192", "65,536", "1,024", "20", "10", "280"}
 
 NOT_PROSE = r"```.*?```|`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>"  # code, formula, link, tag
 PLACE = r"[A-Z]?\.?[\d.]+"  # of a document: figure 7, section 4.3, A.10
@@ -185,25 +190,51 @@ def typed(source):
 
 
 def test_the_readme_says_what_the_results_say_now(monkeypatch):
-    """The README's cells that write sentences from results are run again; README.md has their text.
+    """The cells that fill README's slots are run again; README.md is the notebook with them.
 
     Neither its prose nor these sentences have a measured number by hand.
     """
     monkeypatch.chdir(INDEX.parent)
-    names, written = {}, []
-    by_hand = {each.written for each, _ in stated_in(INDEX)}
+    names, by_hand = {}, {each.written for each, _ in stated_in(INDEX)}
     for source, _ in cells(INDEX, "code"):
+        if not source.startswith(("#| hide", "#| slots")):
+            continue
         body = ast.parse(source).body
-        last = body.pop() if source.startswith("#| output") else None
-        if last is not None or source.startswith("#| hide"):
-            exec(compile(ast.Module(body, []), "index", "exec"), names)
-        if last is not None:
-            sentence = eval(compile(ast.Expression(last.value), "index", "eval"), names)
-            written.append(sentence.data.strip().replace("](../", "]("))
-            by_hand |= typed(last)
-    readme = (ROOT / "README.md").read_text()
-    assert len(written) >= 3
-    for text in written:
-        assert text in readme, f"the README does not say now: {text[:200]}"
+        by_hand |= {written for statement in body for written in typed(statement)}
+        last = body.pop() if source.startswith("#| slots") else None
+        exec(compile(ast.Module(body, []), "index", "exec"), names)
+    values = eval(compile(ast.Expression(last.value), "index", "eval"), names)
+    notebook = nbformat.read(INDEX, as_version=4)
+    assert readme.slots(notebook) == values, "execute nbs/index.ipynb again"
+    assert (ROOT / "README.md").read_text() == readme.readme(notebook), "make readme"
     by_hand -= VERSIONS | SET_UPS
     assert not by_hand, f"numbers written by hand into nbs/index.ipynb: {by_hand}"
+
+
+def index(*cells):
+    "A notebook of Markdown, and of cells that show something, given as pairs."
+    made = nbformat.v4.new_notebook()
+    for cell in cells:
+        if isinstance(cell, str):
+            made.cells.append(nbformat.v4.new_markdown_cell(cell))
+            continue
+        source, value = cell
+        shown = nbformat.v4.new_output("execute_result", {"text/plain": repr(value)})
+        made.cells.append(nbformat.v4.new_code_cell(source, outputs=[shown]))
+    return made
+
+
+def test_slots_are_filled_and_only_they():
+    filled = index("# A", "so {{gap}}", ("#| slots\nvalues", dict(gap="1.07")))
+    assert readme.readme(filled) == "# A\n\nso 1.07\n"
+    with pytest.raises(ValueError, match="the slot gap has no value; known: other"):
+        readme.readme(index("so {{gap}}", ("#| slots\nvalues", dict(other="1"))))
+    with pytest.raises(ValueError, match="no slot takes the value other"):
+        readme.readme(index("so {{gap}}", ("#| slots\nvalues", dict(gap="1", other="2"))))
+
+
+def test_the_readme_is_short():
+    "Words before the layout, without code, tags, links' targets and rulers of tables."
+    text = (ROOT / "README.md").read_text().partition("## Layout")[0]
+    text = re.sub(r"```.*?```|<[^>]*>|\]\([^)]*\)|[|*`-]", " ", text, flags=re.S)
+    assert 300 < len(text.split()) < 900

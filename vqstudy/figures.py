@@ -121,9 +121,9 @@ def effect_text(found: Contrast, unit: str = "difference", base: float = math.na
     if math.isnan(low) or math.isnan(high):
         return f"{times}{effect:{sign}.3g}"
     if not math.isfinite(low) or not math.isfinite(high):
-        form = f"{sign}.3g"
+        form = f"{sign}z.3g"
     else:
-        form = f"{sign}.{_decimals(low, high, 1.0 if unit == 'ratio' else 0.0)}f"
+        form = f"{sign}z.{_decimals(low, high, 1.0 if unit == 'ratio' else 0.0)}f"
     return f"{times}{effect:{form}} [{low:{form}}, {high:{form}}]"
 
 # %% ../nbs/lib/12b_figures.ipynb #3dd47fd7
@@ -221,7 +221,7 @@ def conclude(
     }
     return _said([claims[name] for name in found], findings, shown)
 
-
+# %% ../nbs/lib/12b_figures.ipynb #3760146d
 def _as_contrast(value: Any) -> Contrast:
     "An exact number or an interval as a contrast."
     if isinstance(value, Contrast):
@@ -232,11 +232,13 @@ def _as_contrast(value: Any) -> Contrast:
 
 
 def _said(claims: list[Claim], findings: Mapping[str, Finding], shown: Iterable[str]) -> str:
-    "The lines of the claims that may be decided at their finding's scale."
-    verdicts = judge(claims, findings)
+    "The lines of the claims; none has a word at a scale that may not decide it."
+    decided = [claim for claim in claims if findings[claim.id].scale in claim.scales]
+    verdicts = judge(decided, findings)
     by_id = {claim.id: claim for claim in claims}
     ids = list(shown) or list(by_id)
-    return _listed(verdict_line(by_id[i], findings[i], verdicts[i]) for i in ids)
+    no_word = Verdict("not decided", "not decided")
+    return _listed(verdict_line(by_id[i], findings[i], verdicts.get(i, no_word)) for i in ids)
 
 # %% ../nbs/lib/12b_figures.ipynb #e211a187
 def verdicts_of(

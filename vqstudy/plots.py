@@ -8,6 +8,7 @@ __all__ = ['WIDTH', 'LOOK', 'COLOURS', 'SETS', 'MARKERS', 'TONES', 'style', 'pan
 
 # %% ../nbs/lib/12_plots.ipynb #5de9a4aa
 import colorsys
+import re
 from pathlib import Path
 from typing import Any
 import matplotlib.pyplot as plt
@@ -77,7 +78,7 @@ COLOURS = {
     "opt": "#D55E00",
     "alt": "#F0803C",
     "sync": "#029E73",
-    "ema": "#56B4E9",
+    "ema": "#20A0A0",
     "vq": "#0173B2",
 }
 SETS = {"P": "#949494", "C": "#0173B2", "Q": "#D55E00"}
@@ -149,5 +150,7 @@ def save_table(
 ) -> Path:
     "Write figures/<stem>.md: the caption, then the table as Markdown."
     path = figure_path(stem, ".md", scale, folder)
-    path.write_text(f"{caption}\n\n{table.to_markdown(index=False)}\n")
+    # tabulate pads every cell to its column's widest
+    rows = re.sub(r" +\|", " |", table.to_markdown(index=False))
+    path.write_text(f"{caption}\n\n{re.sub('-{4,}', '---', rows)}\n")
     return path
