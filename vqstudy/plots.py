@@ -73,6 +73,7 @@ COLOURS = {
     "rotation": "#DE8F05",
     "reflection": "#8A5A00",
     "refit": "#3C6E71",
+    "affine + opt": "#9E2A5B",
     "affine": "#CC78BC",
     "moving-affine": "#8E4585",
     "opt": "#D55E00",
@@ -112,7 +113,7 @@ def look(method: str) -> dict[str, str]:
     """
     parts = method.split(" + ")
     # in the order of the table, whatever that of the recipe
-    colours = [colour for name, colour in COLOURS.items() if name in parts]
+    colours = [c for name, c in COLOURS.items() if set(name.split(" + ")) <= set(parts)]
     if not colours:
         names = ", ".join(COLOURS)
         raise ValueError(f"method must have one of {names} among its parts, got {method!r}")
@@ -151,6 +152,7 @@ def save_table(
     "Write figures/<stem>.md: the caption, then the table as Markdown."
     path = figure_path(stem, ".md", scale, folder)
     # tabulate pads every cell to its column's widest
-    rows = re.sub(r" +\|", " |", table.to_markdown(index=False))
+    rows = table.to_markdown(index=False, disable_numparse=True)
+    rows = re.sub(r" +\|", " |", rows)
     path.write_text(f"{caption}\n\n{re.sub('-{4,}', '---', rows)}\n")
     return path
