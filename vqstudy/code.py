@@ -161,8 +161,9 @@ def code_digest(source: str) -> str:
 
 # %% ../nbs/lib/09b_code.ipynb #d23d70bf
 # modules that move results and make none
-BOOKKEEPING = {"cells", "code", "confirm", "files", "forecast", "grids", "processes", "provenance"}
-BOOKKEEPING |= {"records", "run", "study", "tuning", "weights", "worktree"}
+BOOKKEEPING = {"cells", "code", "confirm", "drawing", "evidence", "files", "forecast", "grids"}
+BOOKKEEPING |= {"outcomes", "processes", "provenance", "records", "run", "study", "tuning"}
+BOOKKEEPING |= {"weights", "worktree", "wrapper"}
 
 
 @functools.cache
