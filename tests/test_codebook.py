@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.cluster import KMeans
-from vqstudy.codebook import Affine, Codebook, LinearMap, MovingAffine, MovingAverage, Replacement
+from vqstudy.codebook import Affine, Codebook, LinearMap, MovingAffine
 from vqstudy.codebook import draw, kaiming, kmeans, normal, sample
+from vqstudy.upkeep import MovingAverage, Replacement
 
 
 def inertia(z, centres):

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, ExportedProgram
 from vqstudy.base import Quantized, Quantizer
-from vqstudy.codebook import Replacement
 from vqstudy.composed import GroupQuantizer, ResidualQuantizer
 from vqstudy.kernels import operator
 from vqstudy.lattice import BSQ, FSQ, LFQ
 from vqstudy.logits import scan_logits
 from vqstudy.quantizers import recipe, recipes
 from vqstudy.router import RouterQuantizer
+from vqstudy.upkeep import Replacement
 
 DIM, K = 8, 64
 # further members, of each kind of operator and of sum

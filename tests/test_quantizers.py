@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from oracles import MAPS, ORACLES, attached, errors, settings, task
 from torch._dynamo.testing import CompileCounterWithBackend
-from vqstudy.codebook import Replacement
 from vqstudy.quantizers import NoQuantizer, VectorQuantizer, keywords, recipe, recipes
+from vqstudy.upkeep import Replacement
 
 DIM, CODES = 8, 16
 LOW = (torch.bfloat16, torch.float16)

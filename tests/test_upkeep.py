@@ -5,11 +5,12 @@ import pickle
 import pytest
 import torch
 from processes import in_processes
-from vqstudy.codebook import Codebook, MovingAffine, MovingAverage
+from vqstudy.codebook import Codebook, MovingAffine
 from vqstudy.codebook import kmeans, sample
 from vqstudy.quantizers import recipe
 from vqstudy.ranks import draw, finite_rows, random_bits
 from vqstudy.transport import sinkhorn_codes
+from vqstudy.upkeep import MovingAverage
 
 LOW = (torch.bfloat16, torch.float16)
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from .base import QuantizedRows, Quantizer, linear
+from .base import Freezable, QuantizedRows, Quantizer, linear
 from .checks import flag, whole
-from .codebook import Freezable
 from .estimators import estimate, none
 from .search import check_vectors
 from .vector import NeedsDecoder, Upkeep, VectorQuantizer

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
-from .base import Quantizer
+from .base import Quantizer, WithCodebook
 from .checks import whole
-from .codebook import Codebook, WithCodebook
+from .codebook import Codebook
 from .estimators import estimate, full
 from .kernels import on_gpu, operator, tiles
 

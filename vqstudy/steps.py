@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from .augment import augmented
-from .base import Quantizer
-from .codebook import Freezable
+from .base import Freezable, Quantizer
 from .refusals import Losses, check_losses
 from .settings import Settings, alternating, asking, optimizers, rate_factor
 

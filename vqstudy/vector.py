@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Annealed, Quantized, QuantizedRows, Quantizer, Reminder, commitment
-from .base import gumbel_noise, recomputing, refuse_second_run
+from .base import WithCodebook, gumbel_noise, recomputing, refuse_second_run
 from .checks import flag, number, one_of, typed, whole
-from .codebook import STARTS, Codebook, LinearMap, MovingAffine, MovingAverage
-from .codebook import Replacement, WithCodebook
+from .codebook import Codebook, LinearMap, MovingAffine
 from .estimators import LossAt, Perturbation, Rule, estimate, exact, hessian
 from .estimators import straight_through, under_autocast
 from .ranks import finite_rows, new_key
 from .search import nearest
+from .upkeep import STARTS, MovingAverage, Replacement
 
 # %% ../nbs/lib/02b_vector.ipynb #25750f02
 class _UpkeepParts(WithCodebook):
