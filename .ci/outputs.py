@@ -57,10 +57,24 @@ def differences(where: str, committed: NotebookNode, shown: dict[int, bool]) -> 
     return found
 
 
+def leave_out_updates() -> None:
+    "What fills the place of an earlier cell is an output of that cell, as it is in Jupyter."
+    from IPython.core.displaypub import CapturingDisplayPublisher
+
+    publish = CapturingDisplayPublisher.publish
+
+    def publish_new(*args, update: bool = False, **options) -> None:
+        if not update:
+            publish(*args, **options)
+
+    CapturingDisplayPublisher.publish = publish_new
+
+
 def run(path: Path, skipped: set[str]) -> tuple[list[str], float]:
     "Run one notebook in its folder, in this process; its faults and the seconds it took."
     from execnb.shell import CaptureShell  # turns the process into a shell
 
+    leave_out_updates()
     start = time.perf_counter()
     sys.path.insert(0, os.getcwd())
     committed = nbformat.read(path, as_version=4)

@@ -257,7 +257,9 @@ def evidence(folder):
         whole = json.loads(path.read_text())
         for name, values in whole["claims"].items():
             values = {k: math.nan if v is None else v for k, v in values.items()}
-            found[name] = (whole["scale"], values, whole.get("updates"))
+            told = whole.get("updates")
+            updates = told.get(name) if isinstance(told, dict) else told
+            found[name] = (whole["scale"], values, updates)
     return found
 
 

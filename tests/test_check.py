@@ -236,6 +236,8 @@ GOOD_RUN = [
     shown("import nbdev\nnbdev.nbdev_export()"),
     shown("#| eval: false\nfail"),
     shown("#| slow\nfail"),
+    shown("from IPython.display import display\nplace = display(1, display_id=True)"),
+    new_code_cell("place.update(2)  # an output of the cell above"),
 ]
 RUNS = {
     "good": [],
@@ -273,11 +275,11 @@ def test_every_notebook_is_run_and_timed(said_of_runs):
 
 
 def test_a_run_shows_what_is_committed(said_of_runs):
-    assert "different.ipynb[6]: shows something, and its output is not committed" in said_of_runs
-    assert "different.ipynb[7]: has an output, and shows nothing when run" in said_of_runs
+    assert "different.ipynb[8]: shows something, and its output is not committed" in said_of_runs
+    assert "different.ipynb[9]: has an output, and shows nothing when run" in said_of_runs
     assert "3 faults" in said_of_runs
 
 
 def test_a_cell_that_fails_is_shown_with_its_traceback(said_of_runs):
-    assert "failing.ipynb[6]: fails\nTraceback" in said_of_runs
+    assert "failing.ipynb[8]: fails\nTraceback" in said_of_runs
     assert "ZeroDivisionError: division by zero" in said_of_runs

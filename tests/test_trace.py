@@ -35,7 +35,7 @@ QUOTED = {
 }
 # The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
 VERSIONS = {"3.11", "3.13", "2.0"}
-SET_UPS = {"8,192", "65,536", "1,024", "20", "10", "280"}
+SET_UPS = {"8,192", "65,536", "1,024", "20", "10", "150"}
 
 NOT_PROSE = r"```.*?```|`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>"  # code, formula, link, tag
 PLACE = r"[A-Z]?\.?[\d.]+"  # of a document: figure 7, section 4.3, A.10

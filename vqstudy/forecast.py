@@ -26,8 +26,9 @@ def _finished(cells: list[Cell]) -> Iterator[tuple[Cell, float]]:
     scale = cells[0].scale
     table = read_table(results_folder(scale) / f"{cells[0].sweep}.csv")
     done = [row for row in table if (row["scale"], row["status"]) == (scale, "done")]
-    # of several rows of a run each has the seconds of all
-    seconds = {row["cell"]: row.get("seconds") for row in done}
+    cut = {row["cell"] for row in table if row["scale"] == scale and row["status"] != "done"}
+    # of several rows of a run each has the seconds of all; not all, if it diverged on its way
+    seconds = {row["cell"]: row.get("seconds") for row in done if row["cell"] not in cut}
     for cell in cells:
         record = found(cell)
         if record and record["status"] == "done":
