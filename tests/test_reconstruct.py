@@ -22,7 +22,7 @@ from vqstudy.configure import in_steps, quantizer_for, settings_for
 from vqstudy.quantizers import recipes
 from vqstudy.records import collect, results_folder
 from vqstudy.train import NonFiniteLoss, Settings, optimizers
-from vqstudy.trials import RANGES
+from vqstudy.trials import RANGES, knobs_of
 
 ROOT = Path(__file__).parents[1]
 BOOK = json.loads((ROOT / "nbs/runs/reconstruct.ipynb").read_text())
@@ -100,7 +100,10 @@ def test_rows_differ_in_what_was_tuned_alone(name, scale):
 def test_every_method_that_is_reported_is_tuned_on_images_set_aside(scale):
     rows = settings_of("huh_tab03_tune", scale)
     for name, other in REPORTED:
-        assert other != scale or set(settings_of(name, other)) <= set(rows)
+        stands_for = sweep(name)["tuned_as"]  # a method with the same knobs
+        assert all(knobs_of(each) == knobs_of(its) for each, its in stands_for.items())
+        methods = {stands_for.get(method, method) for method in settings_of(name, other)}
+        assert other != scale or methods <= set(rows)
     for method, group in rows.items():
         assert len(group) == (1 if method == "none" else 16), method
         assert all(each["validation"] > 0 for each, _ in group)
