@@ -1,6 +1,8 @@
 """Contrasts: against scipy and statsmodels, against chance, and from the rows of a sweep."""
 
 import math
+from dataclasses import replace
+import demo
 import numpy as np
 import pandas as pd
 import pytest
@@ -78,22 +80,18 @@ def test_coverage_is_why_students_interval_decides(n, t, b):
 
 # ---- from rows to a contrast ----
 
-CLAIM = Claim(
-    id="demo",
-    source="huh2023",
-    place="Table 3",
-    text="text",
+CLAIM = replace(
+    demo.CLAIM,
     metric="usage",
     says="higher",
-    smallest=0.05,
-    scales=["desk"],
-    kind="run",
-    about="mechanism",
     better="higher",
-    sweep="s",
+    unit="difference",
+    about="mechanism",
     a=dict(method="x", tuned=True),
     b=dict(method="y"),
     where=dict(k=64),
+    published=None,
+    document_updates=None,
 )
 HIGH, LOW = (0.9, 0.8, 0.85), (0.1, 0.2, 0.12)
 
