@@ -460,14 +460,12 @@ def test_the_search_of_table_3_decides_all_its_rows(real):
             if knobs:
                 tried = [error(cell.parameters | trial) for trial in drawn(knobs)]
                 assert error(cell.parameters) == min(tried)
-    # the search has not run on a GPU; the rotation trick without replacement is in no search
+    # the search has not run on a GPU
     planned = cells.plan("huh_tab03_celeba", "gpu")
     by_method = {cell.parameters["method"]: cell for cell in planned}
     assert all(cell.searches == dict(huh_tab03_best="desk") for cell in planned)
     at_desk = {c.parameters["method"]: c.tuned for c in cells.plan("huh_tab03", "desk")}
     for method in at_desk:
         assert by_method[method].tuned.items() <= at_desk[method].items()
-    borrowed = by_method["vq + rotation + ema"]
-    assert borrowed.tuned == by_method["vq + rotation + ema + replace"].tuned
-    assert set(borrowed.tuned) == set(knobs_of("vq + rotation + ema")) == {"beta", "ema_decay"}
-    assert {c.tuned_as for c in planned} == {"", "vq + rotation + ema + replace"}
+    rotated = by_method["vq + rotation + ema"]  # which has no row in huh_tab03
+    assert set(rotated.tuned) == set(knobs_of("vq + rotation + ema")) == {"beta", "ema_decay"}
