@@ -105,7 +105,7 @@ def test_every_method_that_is_reported_is_tuned_on_images_set_aside(scale):
         methods = {stands_for.get(method, method) for method in settings_of(name, other)}
         assert other != scale or methods <= set(rows)
     for method, group in rows.items():
-        assert len(group) == (1 if method == "none" else 16), method
+        assert len(group) == 1 if method == "none" else len(group) >= 16, method
         assert all(each["validation"] > 0 for each, _ in group)
 
 

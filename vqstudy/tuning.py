@@ -349,6 +349,26 @@ def _extensions(method: str, tried: list[Trial], best: dict[str, Any]) -> list[s
         lines.append(as_yaml(grids))
     return lines
 
+# %% ../nbs/lib/10c_tuning.ipynb #d5deb616
+def _shortfall(method: str, tried: list[Trial], trials_of_each: int) -> list[str]:
+    "How many live trials a method lacks to as many as every method has trials."
+    alive = sum(live([trial for trial in tried if _is_inside(trial.setting)]))
+    if not tried[0].setting or alive >= trials_of_each:
+        return []
+    lack = f"{trials_of_each - alive} of {trials_of_each} live trials are missing"
+    return [f"{method}: {lack}; `drawn(knobs_of({method!r}), {2 * trials_of_each})` goes on"]
+
+
+def _gaps(found: dict[str, list[Trial]], best: dict[str, dict[str, Any]]) -> list[str]:
+    "What a search lacks: ranges that are too narrow, methods with fewer live trials."
+    inside = {m: sum(_is_inside(t.setting) for t in tried) for m, tried in found.items()}
+    fewest = min((count for m, count in inside.items() if best[m]), default=0)
+    lines = []
+    for method, tried in found.items():
+        lines += _extensions(method, tried, best[method])
+        lines += _shortfall(method, tried, fewest)
+    return lines
+
 # %% ../nbs/lib/10c_tuning.ipynb #9ef41a53
 def summary(name: str, scale: str) -> str:
     "What a search chose, with its live and dead trials by method. Raises as `choice` does."
@@ -356,8 +376,7 @@ def summary(name: str, scale: str) -> str:
     lines = [f"{name}, scale {scale}", f"{'method':34} trials live dead {'best':>10}  chosen"]
     lines += [_line(method, tried, best[method]) for method, tried in found.items()]
     if not _first_round(name, scale):
-        for method, tried in found.items():
-            lines += _extensions(method, tried, best[method])
+        lines += _gaps(found, best)
     users = [(user, tuned_by(user, scale).get(name)) for user in sweeps(scale)]
     asked = sorted({tuple(what) for _, what in users if isinstance(what, list)})
     for names in asked:
