@@ -36,6 +36,11 @@ def test_a_claim_that_may_not_be_decided_does_not_weigh_on_the_others(kept):
     assert figures.conclude(STEM, beside, "desk", 15, shown=[GROWS]) == alone
 
 
+def test_a_line_names_what_its_interval_is_over(kept):
+    line = figures.conclude(STEM, {GROWS: CLEAR}, "desk", 15, sample="simulated batch")
+    assert line.endswith(" ×2.00 [1.90, 2.10], 3 simulated batches")
+
+
 def test_a_scale_that_no_claim_names_decides_nothing(kept):
     line = figures.conclude(STEM, {GROWS: CLEAR}, "smoke")
     assert line.startswith("- **smoke decides nothing**: ")

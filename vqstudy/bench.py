@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'QUANTITIES', 'PEER_COLUMNS', 'Rounds', 'alternate', 'Compared', 'compare', 'peak', 'ready', 'peak_memory',
-           'peak_memories', 'metrics', 'agreement', 'melt', 'measured', 'cores', 'machine', 'draw_ratios',
-           'import_times']
+           'peak_memories', 'metrics', 'agreement', 'melt', 'measured', 'cores', 'machine', 'import_times']
 
 # %% ../nbs/lib/13_bench.ipynb #32bb6bec
 import json, os, random, re, subprocess, sys, time
@@ -20,7 +19,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from .cells import plan
 from .checks import whole
-from .peers import LIMITS, PEERS, inputs
+from .peers import PEERS, inputs
 from .records import results, results_folder
 
 # %% ../nbs/lib/13_bench.ipynb #405e899b
@@ -304,36 +303,6 @@ def machine(sweep: str, scale: str) -> str:
             f"{row['threads']} threads, torch {past['versions']['torch']}"
         )
     return "; ".join(sorted(machines))
-
-# %% ../nbs/lib/13_bench.ipynb #e056decf
-def draw_ratios(
-    ax: Any,
-    table: pd.DataFrame,  # rows of `measured`
-    names: Mapping[str, str],  # peers in order, and what to call them
-    reference: str = "ours",
-) -> None:
-    "Time of each peer over that of the reference."
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    drawn = [name for name in names if name != reference]
-    place = {name: -i for i, name in enumerate(drawn)}
-    for row in table[table.peer.isin(drawn)].to_dict("records"):
-        y = place[row["peer"]]
-        color, marker = ("C1", "s") if row["peer"] in LIMITS else ("C0", "o")
-        if pd.notna(row["ratio"]):
-            ax.plot([row["low"], row["high"]], [y, y], color=color, lw=1.5)
-            ax.plot(row["ratio"], y, marker, color=color, ms=4)
-        elif pd.notna(row["skipped"]):
-            reason = REASONS[int(row["skipped"])]
-            style = {"va": "center", "color": "grey", "size": "x-small"}
-            ax.text(0.02, y, reason, transform=ax.get_yaxis_transform(), **style)
-    ax.axvline(1, color="grey", lw=0.8)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    labels = [names[name] for name in drawn]
-    ax.set(yticks=list(place.values()), yticklabels=labels, ylim=(min(place.values()) - 0.6, 0.6))
 
 # %% ../nbs/lib/13_bench.ipynb #8b07b96e
 def import_times(

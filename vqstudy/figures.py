@@ -84,7 +84,8 @@ def left_out(sweep: str, scale: str) -> str:
 
 def counted(n: int, what: str) -> str:
     "A number and what it counts: `1 seed`, `3 seeds`, `1,560 updates`."
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+    several = "es" if what.endswith("ch") else "s"
+    return f"{n:,} {what}{'' if n == 1 else several}"
 
 # %% ../nbs/lib/12b_figures.ipynb #79dd2553
 def mean_text(found: Interval, digits: int = 2, factor: float = 1.0) -> str:
@@ -208,12 +209,12 @@ def word_text(claim: Claim, found: Finding, word: str) -> str:
     return f"{word} at {found.scale}, {length}"
 
 
-def verdict_line(claim: Claim, found: Finding, verdict: Verdict) -> str:
-    "A claim, its word and its effect in one line of Markdown."
+def verdict_line(claim: Claim, found: Finding, verdict: Verdict, sample: str = "seed") -> str:
+    "A claim, its word and its effect in one line of Markdown. sample: over which it is a mean."
     effect = effect_text(found.contrast, found.measured.unit, found.measured.base)
-    seeds = f", {counted(found.contrast.n, 'seed')}" if found.contrast.n else ""
+    of = f", {counted(found.contrast.n, sample)}" if found.contrast.n else ""
     stood_in = f" ({found.measured.metric})" if found.measured.metric != claim.metric else ""
-    told = f"{effect}{stood_in}{seeds}"
+    told = f"{effect}{stood_in}{of}"
     text = claim.text if claim.text.endswith("?") else claim.text.rstrip(".") + "."
     return f"**{word_text(claim, found, verdict.word)}**: {text} {told}"
 
@@ -232,6 +233,7 @@ def conclude(
     scale: str = "",           # of the rows; empty: a toy
     updates: int | Mapping[str, int] | None = None,  # of all, or by claim id
     shown: Iterable[str] = (),  # ids of the claims of the answer, in order; none: all
+    sample: str = "seed",      # over what the intervals are, in the singular
 ) -> str:
     """Keep what a figure found on claims (`records.evidence`), and say it in Markdown.
 
@@ -248,7 +250,7 @@ def conclude(
         name: handed_over(claims[name], _as_contrast(value), place, at.get(name))
         for name, value in found.items()
     }
-    return _said([claims[name] for name in found], findings, shown)
+    return _said([claims[name] for name in found], findings, shown, sample)
 
 # %% ../nbs/lib/12b_figures.ipynb #197b2d71
 def _as_contrast(value: Any) -> Contrast:
@@ -260,14 +262,17 @@ def _as_contrast(value: Any) -> Contrast:
     return Contrast(float(value), float(value), float(value))
 
 
-def _said(claims: list[Claim], findings: Mapping[str, Finding], shown: Iterable[str]) -> str:
+def _said(
+    claims: list[Claim], findings: Mapping[str, Finding], shown: Iterable[str], sample: str
+) -> str:
     "The lines of the claims; none has a word at a scale that may not decide it."
     decided = [claim for claim in claims if findings[claim.id].scale in claim.scales]
     verdicts = judge(decided, findings)
     by_id = {claim.id: claim for claim in claims}
     ids = list(shown) or list(by_id)
     no_word = Verdict("not decided", "not decided")
-    return _listed(verdict_line(by_id[i], findings[i], verdicts.get(i, no_word)) for i in ids)
+    found = ((by_id[i], findings[i], verdicts.get(i, no_word)) for i in ids)
+    return _listed(verdict_line(*each, sample) for each in found)
 
 # %% ../nbs/lib/12b_figures.ipynb #e211a187
 def verdicts_of(
