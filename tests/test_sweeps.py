@@ -96,7 +96,16 @@ def test_a_sweep_that_is_like_one_with_a_search_waits_for_it_too(project):
     assert cells.tuned_by("free", "desk") == {} and not cells.plan("free", "desk")[0].waits
 
 
+def test_a_grid_of_a_scale_may_have_seeds_of_its_own(project):
+    grids = "[{lr: [0.5], seed: [7, 8]}, {lr: [0.25]}]"
+    write(project, "own", f"like: first\nscales: {{desk: {{grid: {grids}}}}}")
+    given = [cell.parameters for cell in cells.plan("own", "desk")]
+    seeds = {(p["lr"], p["seed"]) for p in given}
+    assert seeds == {(0.5, 7), (0.5, 8), (0.25, 0), (0.25, 1)}
+
+
 REFUSED = [
+    ("like: first\nscales: {desk: {seeds: [1], grid: {seed: [2]}}}", ValueError, "has seeds, and so has its grid"),
     ("like: own", ValueError, "own.yaml: own is like own, which is like own"),
     ("like: second", ValueError, "own.yaml: own is like second, which is like first"),
     ("like: round", ValueError, "own.yaml: own is like round, which is like own"),

@@ -211,12 +211,16 @@ def _axes(table: dict[str, Any], change: dict[str, Any], where: str) -> dict[str
     """The values of every parameter that a sweep with one grid sets, in the order of crossing.
 
     change: what a scale says; a parameter that it fixes leaves the grid, and the other way round.
+    A grid of the scale may have seeds of its own, as `seed`, in the place of the sweep's.
     """
     kept = {key: value for key, value in table["fixed"].items() if key not in change["grid"]}
     fixed = kept | change["fixed"]
     kept = {key: value for key, value in table["grid"].items() if key not in change["fixed"]}
     grid = kept | change["grid"]
-    if seeds := change["seeds"] or table["seeds"]:
+    seeds = change["seeds"] or table["seeds"]
+    if change["seeds"] and "seed" in change["grid"]:
+        raise ValueError(f"{where}: the scale has seeds, and so has its grid; name them once")
+    if seeds and "seed" not in change["grid"]:
         grid |= {"seed": seeds}
     for key, values in grid.items():
         if key in fixed:
