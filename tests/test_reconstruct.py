@@ -87,13 +87,16 @@ def varied(settings):
 
 
 @pytest.mark.parametrize("name, scale", REPORTED)
-def test_rows_differ_in_what_was_tuned_alone(name, scale):
+def test_rows_differ_in_what_was_tuned_and_in_their_lengths_alone(name, scale):
     rows = settings_of(name, scale)
-    assert all(len(group) == 1 for group in rows.values()), "a method stands there twice"
-    settings, seeds = zip(*(group[0] for group in rows.values()))
-    assert all(each == seeds[0] for each in seeds)
+    seeds = [[seed for _, own in group for seed in own] for group in rows.values()]
+    assert all(len(set(own)) == len(own) for own in seeds), "a method stands there twice"
+    assert all(set(own) >= {0, 1, 2} for own in seeds) or all(own == seeds[0] for own in seeds)
+    settings = [each for group in rows.values() for each, _ in group]
     assert all(s["clip"] == 0 and s["validation"] == 0 and s["init"] == "normal" for s in settings)
-    assert varied(settings) <= set(RANGES)
+    assert varied(settings) <= {*RANGES, "lengths"}
+    for group in rows.values():
+        assert varied([each for each, _ in group]) <= {"lengths"}
 
 
 @pytest.mark.parametrize("scale", TUNED)
