@@ -13,15 +13,17 @@ import papermill
 import pytest
 from projects import leave, new_project, notebook
 from recompute import read_ledger
-from vqstudy import cells, records
+from vqstudy import cells, files, records
+from vqstudy.configure import RECIPE_PARAMETERS
 from vqstudy.figures import effect_text
-from vqstudy.quantizers import recipes
+from vqstudy.quantizers import keywords, recipe, recipes
 from vqstudy.rule import as_claimed, margin_of, on_scale, word_of
 from vqstudy.stats import PLACES, SOURCES, Contrast, holds, interval, load_claims, paired
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = load_claims(ROOT / "data" / "claims.toml")
 IN_SWEEPS = [claim for claim in CLAIMS if claim.sweep in cells.sweeps()]
+PLANNED_SWEEPS = [claim for claim in CLAIMS if claim.sweep and claim not in IN_SWEEPS]
 PUBLISHED = [claim for claim in CLAIMS if claim.published is not None]
 
 # the figures of the study, there or to come
@@ -68,9 +70,116 @@ def test_a_claim_names_what_there_is(claim):
         assert all(table.keys() <= known.keys() for table in tables)
 
 
+# ---- sweeps to come: their columns, and what they vary ----
+
+# beside those of nbs/runs/reconstruct.ipynb, by the sweep of whose notebook they will be parameters
+TO_COME = {
+    "huh_tab02": {"model"},
+    "huh_tab02_nu": {"model"},
+    "huh_fig05": {"model"},
+    "huh_fig05_lr": {"model"},
+    "fifty_tab02_05": {"paradigm"},
+    "vqvae_posterior_collapse": {"decoder", "model"},
+    "vqvae_prior_samples": {"prior"},
+    "kalomaze_flow_decoder": {"conditioned"},
+}
+RECONSTRUCT = cells.parameters("reconstruct")
+
+
+def sides(claim):
+    "The rows that a claim compares, each as all columns that it names."
+    return [claim.where | side for side in (claim.a, claim.b) if isinstance(side, dict)]
+
+
+def each_of(value):
+    return value if isinstance(value, list) else [value]
+
+
+def is_a_value(name, value):
+    "Whether a field of a table can hold this value of a column of the run notebook."
+    kind = RECONSTRUCT[name].type
+    if kind is dict:  # as text
+        return isinstance(value, str) and files.text(json.loads(value)) == value
+    if kind is float and isinstance(value, int):
+        return not isinstance(value, bool)
+    return type(value) is kind
+
+
+@pytest.mark.parametrize("claim", PLANNED_SWEEPS, ids=name_of)
+def test_a_sweep_to_come_has_the_columns_of_its_claims(claim):
+    own = TO_COME.get(claim.sweep, set())
+    for side in sides(claim):
+        lost = side.keys() - RECONSTRUCT.keys() - own
+        assert not lost, f"{claim.sweep} has no column {', '.join(lost)}"
+        for name in side.keys() - own:
+            assert all(is_a_value(name, value) for value in each_of(side[name])), name
+        options = json.loads(side.get("recipe_options", "{}"))
+        if options:
+            recipe(side["method"], 4, 16, **options)
+
+
+@pytest.mark.parametrize("sweep", TO_COME)
+def test_a_column_to_come_is_named_by_a_claim_and_not_there_yet(sweep):
+    assert sweep not in cells.sweeps(), "its notebook says now what columns it has"
+    mine = [side for claim in CLAIMS if claim.sweep == sweep for side in sides(claim)]
+    assert TO_COME[sweep] <= set().union(*mine) and not TO_COME[sweep] & RECONSTRUCT.keys()
+
+
+def counts_for(name, method):
+    "Whether a column can tell rows of a method apart: not where the recipe does not take it."
+    taken = RECIPE_PARAMETERS.get(name)
+    return taken is None or method is None or taken in keywords(method)
+
+
+def left_free(side, planned):
+    """The columns that a side does not name and in which two rows that it may mean differ.
+
+    planned: what the claims of its sweep name. A row of any method counts, since a grid has every
+    method with all values, if all else that it names is named by the side, and the same.
+    """
+    free = {}
+    for other in planned:
+        for name in other.keys() - side.keys():
+            rest = {key: x for key, x in other.items() if key not in (name, "method")}
+            if rest.items() <= side.items() and counts_for(name, side.get("method")):
+                free.setdefault(name, set()).add(other[name])
+    return {name for name, values in free.items() if len(values) > 1}
+
+
+def hashable(side):
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in side.items()}
+
+
+@pytest.mark.parametrize("claim", PLANNED_SWEEPS, ids=name_of)
+def test_a_claim_leaves_no_column_free_that_another_varies(claim):
+    mine = [other for other in PLANNED_SWEEPS if other.sweep == claim.sweep]
+    planned = [hashable(side) for other in mine for side in sides(other)]
+    for side in sides(claim):
+        free = left_free(hashable(side), planned)
+        assert not free, f"{side} leaves {', '.join(sorted(free))} free"
+
+
+def test_what_a_side_leaves_free():
+    narrow, wide = (dict(method="router", num_codes=8, code_dim=d) for d in (16, 64))
+    beta = [dict(method="vq", code_dim=64, beta=x) for x in (0.5, 0.9)]
+    for method in ("router", "vq"):
+        assert left_free(dict(method=method, num_codes=8), [narrow, wide]) == {"code_dim"}
+    assert not left_free(dict(method="vq", num_codes=4), [narrow, wide])
+    assert not left_free(dict(method="vq", num_codes=8), [wide])
+    assert left_free(wide, [*beta, dict(method="router", bias=True)]) == set()  # takes no beta
+    assert left_free(wide | dict(method="vq + l2"), beta) == {"beta"}
+
+
+# ---- sweeps that are there ----
+
+
+def as_in_a_table(value):
+    return files.text(value) if isinstance(value, dict) else value
+
+
 @functools.cache
 def planned_rows(sweep, place):
-    return pd.DataFrame([cell.parameters for cell in cells.plan(sweep, place)])
+    return pd.DataFrame([cell.parameters for cell in cells.plan(sweep, place)]).map(as_in_a_table)
 
 
 @pytest.mark.parametrize("claim", IN_SWEEPS, ids=name_of)
