@@ -1,7 +1,8 @@
 """Every word of the ledger a second time, from the tables and claims alone.
 
-It reads data/claims.toml, data/results/*.csv and the evidence of figures in data/results/toys, and
-imports nothing of vqstudy: what it shares with the ledger are the files and the rule in words.
+It reads data/claims.toml, data/results/*.csv, data/results/unplanned.json and the evidence of toys
+in data/results/toys, and imports nothing of vqstudy: what it shares with the ledger are the files
+and the rule in words. What figures find in runs it finds again from their histories.
 
     python tests/recompute.py [ROOT]      prints what differs from figures/ledger.md, exit status 1
 """
@@ -55,17 +56,28 @@ def finished(folder, sweep, scale):
     return {cell: made.get("finished", "") for cell, made in cells.items()}
 
 
-def read_rows(folder, sweep, scale, unplanned):
-    "The planned rows of a sweep at a scale; of two that differ in their cell alone, the later."
-    path = folder / f"{sweep}.csv"
+def read_table(path, scale):
+    "The rows of a CSV at a scale; none without the file."
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        rows = [{k: as_value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if row["scale"] == scale]
+    return [{k: as_value(v) for k, v in row.items()} for row in rows]
+
+
+def unplanned_cells(folder):
+    "By sweep and scale the cells that no plan has any more, as the ledger has left them."
+    path = folder / "unplanned.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_rows(folder, sweep, scale):
+    "The planned rows of a sweep at a scale; of two that differ in their cell alone, the later."
     made = finished(folder, sweep, scale)
-    left_out = set(unplanned.get(sweep, ()))
-    rows = [row for row in rows if row["scale"] == scale and row["cell"] not in left_out]
-    return sorted(rows, key=lambda row: made.get(row["cell"], ""))
+    left_out = unplanned_cells(folder).get(sweep, {}).get(scale, [])
+    rows = read_table(folder / f"{sweep}.csv", scale)
+    planned = [row for row in rows if row["cell"] not in left_out]
+    return sorted(planned, key=lambda row: made.get(row["cell"], ""))
 
 
 # ---- effects ----
@@ -141,6 +153,107 @@ def summary(effects):
         half /= math.sqrt((len(x) - 1) * len(x))
         found |= dict(low=m - half, high=m + half)
     return found
+
+
+# ---- what figures find in runs ----
+
+
+def steps_of_runs(folder, sweep, scale):
+    "The recorded steps of a sweep's planned and finished runs, each with the row of its run."
+    done = [row for row in read_rows(folder, sweep, scale) if row["status"] == "done"]
+    runs = {row["cell"]: row for row in done}
+    lines = read_table(folder / f"{sweep}.history.csv", scale)
+    return [runs[line["cell"]] | line for line in lines if line["cell"] in runs]
+
+
+def late_gap(folder, scale):
+    """Figure 6: the gap in the second half of the steps, alternated against joint, both normalised.
+
+    By claim: the effects by seed, the share that they are against (none here), the updates.
+    """
+    names = ("huh_fig06", "huh_fig06_inner")
+    steps = [line for name in names for line in steps_of_runs(folder, name, scale)]
+    half = max((line["step"] for line in steps), default=0) / 2
+    late = [line for line in steps if line["step"] >= half and line["inner"] == 1]
+
+    def over_time(method, value):
+        "The mean of a value over the second half, by seed."
+        values = {}
+        for line in late:
+            if line["method"] == method:
+                values.setdefault(line["seed"], []).append(value(line))
+        return {seed: mean(each) for seed, each in values.items()}
+
+    measures = {"gap": lambda line: math.log(line["gap"])}
+    measures["relative-gap"] = lambda line: line["gap_relative"]
+    found = {}
+    for name, value in measures.items():
+        a, b = over_time("vq + l2 + alt", value), over_time("vq + l2", value)
+        effects = {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
+        updates = max((line["updates"] for line in steps), default=None)
+        if effects:
+            found[f"huh-fig06-alternation-narrows-{name}"] = effects, None, updates
+    return found
+
+
+def first_steps_of(run):
+    "What the steps of a run, by number, say on the claims of Figure 9."
+
+    def usage(step):
+        return log_odds((run[step]["active_codes"] + 0.5) / (run[step]["num_codes"] + 1))
+
+    def largest(name):
+        "Of the first 15 steps, over the value before the first."
+        return math.log(max(run[step][name] for step in run if 0 < step <= 15) / run[0][name])
+
+    return {
+        "half-idle-after-one-step": usage(1) - log_odds(0.5),
+        "collapse-within-16-steps": usage(15) - log_odds(0.05),
+        "divergence-grows": math.log(run[15]["nearest_cq"] / run[0]["nearest_cq"]),
+        "error-jumps": largest("relative_error"),
+        "gap-spikes": largest("gap"),
+    }
+
+
+def first_steps(folder, scale):
+    "Figure 9: the first steps of the plain quantizer, on the probe. Returns as `late_gap` does."
+    steps = steps_of_runs(folder, "huh_fig09", scale)
+    runs = {line["seed"]: {} for line in steps if line["method"] == "vq"}
+    for line in steps:
+        if line["method"] == "vq":
+            runs[line["seed"]][line["step"]] = line
+    each = {seed: first_steps_of(run) for seed, run in runs.items()}
+    against = {"half-idle-after-one-step": 0.5, "collapse-within-16-steps": 0.05}
+    found = {}
+    for name in next(iter(each.values()), ()):
+        effects = {seed: one[name] for seed, one in each.items()}
+        after = 1 if name == "half-idle-after-one-step" else 15
+        found[f"huh-fig09-{name}"] = effects, against.get(name), after
+    # a collapse is looked at only where every run has collapsed
+    end = max((line["step"] for line in steps), default=0)
+    idle = [run[end]["active_codes"] < 0.05 * run[end]["num_codes"] for run in runs.values()]
+    if idle and all(idle):
+        falls = {s: run[end]["gap_relative"] / run[1]["gap_relative"] for s, run in runs.items()}
+        falls = {seed: math.log(ratio) for seed, ratio in falls.items()}
+        found["huh-gap-falls-with-collapse"] = falls, None, end
+    return found
+
+
+# the figures whose claims runs decide: the sweep that they read first, and what they find
+FIGURES = {
+    "huh_fig06_gradient_gap": ("huh_fig06", late_gap),
+    "huh_fig09_early_collapse": ("huh_fig09", first_steps),
+}
+
+
+def found_in_runs(folder, sweep, of_figure):
+    "What a figure finds at the largest scale that its sweep has rows of; as `evidence`."
+    scales = [scale for scale in SCALES if read_table(folder / f"{sweep}.csv", scale)]
+    each = of_figure(folder, scales[0]) if scales else {}
+    return {
+        name: (scales[0], summary(effects), base, updates)
+        for name, (effects, base, updates) in each.items()
+    }
 
 
 # ---- the rule ----
@@ -237,12 +350,12 @@ def longest(claim, rows, better):
 # ---- all claims ----
 
 
-def by_sweep(claim, folder, better, unplanned):
+def by_sweep(claim, folder, better):
     "What a sweep says: the largest scale with three pairs, else the largest with any."
     found = []
     for scale in SCALES:
         if scale in claim["scales"]:
-            rows = read_rows(folder, claim["sweep"], scale, unplanned)
+            rows = read_rows(folder, claim["sweep"], scale)
             each, updates = longest(claim, rows, better)
             if each:
                 found.append((scale, each, updates))
@@ -251,37 +364,43 @@ def by_sweep(claim, folder, better, unplanned):
 
 
 def evidence(folder):
-    "What figures have handed over, by claim."
+    "By claim, what figures find: scale, finding, the share that it is against, updates."
     found = {}
     for path in sorted((folder / "toys").glob("*.json")):
         whole = json.loads(path.read_text())
-        for name, values in whole["claims"].items():
+        # what is found in runs is not taken from the figure
+        claims = {} if path.stem in FIGURES else whole["claims"]
+        for name, values in claims.items():
             values = {k: math.nan if v is None else v for k, v in values.items()}
             told = whole.get("updates")
             updates = told.get(name) if isinstance(told, dict) else told
-            found[name] = (whole["scale"], values, updates)
+            found[name] = (whole["scale"], values, values.pop("base", None), updates)
+    for sweep, of_figure in FIGURES.values():
+        found |= found_in_runs(folder, sweep, of_figure)
     return found
 
 
-def measure(claim, folder, handed, better, trained, unplanned):
+def measure(claim, folder, handed, better, trained):
     "The finding on a claim: word alone, p, whether it may be decided, and what the ledger shows."
     if "figure" in claim:
-        scale, found, updates = handed.get(claim["id"], ("", None, None))
+        scale, found, base, updates = handed.get(claim["id"], ("", None, None, None))
         if found is None or scale not in claim["scales"]:
             return None
-        unit, base, each = claim.get("unit", "difference"), None, {}
+        unit, metric, each = claim.get("unit", "difference"), claim["metric"], {}
     else:
-        one = by_sweep(claim, folder, better, unplanned)
+        one = by_sweep(claim, folder, better)
         if one is None:
             return None
         scale, each, updates = one
-        effects, _, unit, base = each[updates]
+        effects, metric, unit, base = each[updates]
         found = summary(effects)
     at_margin = margins(claim, base)
     word, p = decide(found, claim["says"], *at_margin)
     allowed = scale != "desk" or claim.get("about") != "final"
     if not allowed:
         allowed = desk_decides(claim, trained, each, updates, word, at_margin)
+    if metric != claim["metric"]:  # a stand-in suggests
+        allowed = False
     ends = [found[name] for name in ("effect", "low", "high")]
     if unit == "ratio":
         ends = [math.exp(x) for x in ends]
@@ -291,11 +410,23 @@ def measure(claim, folder, handed, better, trained, unplanned):
     return whole | dict(updates=updates, table=claim.get("sweep") or claim["figure"])
 
 
-def words(root, unplanned=None):
-    """Every claim with its word and what the ledger shows beside it.
+def is_claimed(word, says):
+    "Whether a word is what the claim says, as the ledger writes it; empty where none is decided."
+    if word in ("undecided", "cannot decide", "not measured"):
+        return ""
+    wanted = {"equal": "no effect", "not lower": "not opposite", "not higher": "not opposite"}
+    return "yes" if word == wanted.get(says, "same direction") else "no"
 
-    unplanned: by sweep the cells that no plan has any more, whose rows decide nothing.
-    """
+
+def is_inside(published, ends):
+    "Whether the document's effect lies in our interval, as the ledger writes it."
+    if published is None or not ends or not math.isfinite(ends[1]):
+        return ""
+    return "inside" if ends[1] <= published <= ends[2] else "outside"
+
+
+def words(root):
+    "Every claim with its word and what the ledger shows beside it."
     whole = tomllib.loads((root / "data/claims.toml").read_text(encoding="utf-8"))
     folder = root / "data/results"
     handed, lengths = evidence(folder), whole.get("document_updates", {})
@@ -303,12 +434,10 @@ def words(root, unplanned=None):
     for claim in whole["claim"]:
         trained = claim.get("document_updates", lengths.get(claim.get("sweep") or claim["figure"]))
         better = whole["metrics"][claim["metric"]]
-        found[claim["id"]] = measure(claim, folder, handed, better, trained, unplanned or {})
-    for name, one in found.items():
-        if one is None:
-            found[name] = dict(word="not measured")
-        else:
+        one = measure(claim, folder, handed, better, trained) or dict(word="not measured")
+        if "alone" in one:
             one["word"] = one["alone"] if one["allowed"] else "cannot decide"
+        found[claim["id"]] = one
     tested = [one for one in found.values() if one.get("allowed") and one["n"]]
     for table in {one["table"] for one in tested}:
         ordered = sorted((one for one in tested if one["table"] == table), key=lambda one: one["p"])
@@ -318,6 +447,10 @@ def words(root, unplanned=None):
             one["adjusted"] = least
             if least >= 0.05:
                 one["word"] = "undecided"
+    for claim in whole["claim"]:
+        one, published = found[claim["id"]], claim.get("published")
+        one["as claimed"] = is_claimed(one["word"], claim["says"])
+        one |= {"document": published, "in size": is_inside(published, one.get("ends"))}
     return found
 
 
@@ -338,6 +471,8 @@ def read_row(kind, fields):
     row["updates"] = updates[1].replace(",", "") if updates else ""
     row["p (Holm)"] = "".join(line for line in below if line.startswith("p "))
     row["as claimed"] = {"as claimed": "yes", "not as claimed": "no"}.get("".join(below[:1]), "")
+    published = re.search(r"(?:^|<br>)document ([^,<]+)(?:, (\w+))?", fields["effect"])
+    row["document"], row["in size"] = published.groups("") if published else ("", "")
     if place:  # measured, so the first line of the effect is ours
         row |= {"effect [95%]": effect, "scale": place[1] or "toy"}
         row["seeds"] = seeds[1] if seeds else ""
@@ -381,6 +516,48 @@ def shown_numbers(text):
     return [(float(x), half_a_unit(x, "[" in text)) for x in numbers]
 
 
+def shown_ends(one):
+    "What the ledger shows of an effect and its interval: all, or where it has none the effect."
+    effect, low, high = one["ends"]
+    if math.isnan(effect):
+        return []
+    is_exact = one["n"] == 0 and low == high
+    return [effect] if is_exact or math.isnan(low) else [effect, low, high]
+
+
+def is_shown(values, text):
+    "Whether a text shows these numbers, all of them and no other."
+    numbers = shown_numbers(text)
+    if len(numbers) != len(values):
+        return False
+    pairs = zip(values, numbers, strict=True)
+    return all(abs(x - shown) <= 1.001 * half + 1e-12 for x, (shown, half) in pairs)
+
+
+def beside_the_word(one, row):
+    "What a row shows otherwise than was found: what was found, and the row's own."
+    published = [] if one["document"] is None else [one["document"]]
+    if not is_shown(published, row["document"]):
+        yield f"document {one['document']}", row["document"]
+    for column in ("as claimed", "in size"):
+        if row[column] != one[column]:
+            yield f"{column} {one[column]!r}", row[column]
+    if one["word"] == "not measured":
+        return
+    beside = dict(scale=one["scale"], seeds=one["n"] or "", updates=one["updates"] or "")
+    for column, value in beside.items():
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+        if row[column] != value:
+            yield f"{column} {value}", row[column]
+    if not is_shown(shown_ends(one), row["effect [95%]"]):
+        yield " ".join(f"{x:.4g}" for x in shown_ends(one)), row["effect [95%]"]
+    test = [one["p"], one["adjusted"]] if "adjusted" in one else []
+    p = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", row["p (Holm)"])]
+    near = [abs(x - y) <= 0.06 * y + 1e-300 for x, y in zip(p, test)]
+    if len(p) != len(test) or not all(near):
+        yield "p " + " ".join(f"{x:.2g}" for x in test), row["p (Holm)"]
+
+
 def differences(ours, text):
     "What the text of a ledger says otherwise than the words found here, one sentence each."
     theirs = read_ledger(text)
@@ -391,30 +568,14 @@ def differences(ours, text):
         said = WORD.match(row["word"])
         if said is None or said[0] != one["word"]:
             yield f"{name}: {one['word']}, the ledger says {row['word']!r}"
-        if one["word"] == "not measured":
-            continue
-        beside = dict(scale=one["scale"], seeds=one["n"] or "", updates=one["updates"] or "")
-        for column, value in beside.items():
-            value = f"{value:g}" if isinstance(value, float) else str(value)
-            if row[column] != value:
-                yield f"{name}: {column} {value}, the ledger says {row[column]!r}"
-        numbers = shown_numbers(row["effect [95%]"])
-        for value, (shown, half) in zip(one["ends"], numbers):
-            if abs(value - shown) > 1.001 * half + 1e-12:
-                yield f"{name}: {value:.4g}, the ledger says {row['effect [95%]']!r}"
-        if "adjusted" in one:
-            p = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", row["p (Holm)"])]
-            near = [abs(x - y) <= 0.06 * y + 1e-300 for x, y in zip(p, (one["p"], one["adjusted"]))]
-            if len(p) != 2 or not all(near):
-                both = f"{one['p']:.2g} ({one['adjusted']:.2g})"
-                yield f"{name}: p {both}, the ledger says {row['p (Holm)']!r}"
+        for found, shown in beside_the_word(one, row):
+            yield f"{name}: {found}, the ledger says {shown!r}"
 
 
 def main(arguments):
     root = Path(arguments[0]) if arguments else Path(__file__).parents[1]
-    unplanned = json.loads(arguments[1]) if arguments[1:] else {}
     text = (root / "figures/ledger.md").read_text(encoding="utf-8")
-    found = sorted(differences(words(root, unplanned), text))
+    found = sorted(differences(words(root), text))
     print("\n".join(found) or "the ledger agrees")
     return bool(found)
 

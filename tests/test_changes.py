@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import tomllib
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -140,6 +141,19 @@ def words_of_rows():
         yield from (verdict.word for verdict in judge(several, found).values())
 
 
+def words_of_stand_ins():
+    "The word of a metric and of one that it stands in for, in one table, at each ratio."
+    own = replace(CLAIM, about="mechanism")
+    suggested = replace(own, id="suggested", metric="lpips", stand_in="mse")
+    for ratio, scale in product((0.5, 0.99, 1.2), ("desk", "gpu")):
+        rows = [("a", seed, ratio * (1 + 0.01 * seed), "done") for seed in range(3)]
+        rows += [("b", seed, 1.0, "done") for seed in range(3)]
+        table = pd.DataFrame(rows, columns=["method", "seed", "mse", "status"])
+        claims = [own, suggested]
+        verdicts = judge(claims, {c.id: find(c, table, scale) for c in claims})
+        yield from (verdict.word for verdict in verdicts.values())
+
+
 def rule_digest():
     "A hash of what the rule says in many cases; the bootstrap has no part in it, and is slow."
     with patch("vqstudy.stats.bootstrap", return_value=(math.nan, math.nan)):
@@ -149,7 +163,7 @@ def rule_digest():
 def digest_of_words():
     usage = Claim(**CLAIM.__dict__ | dict(metric="usage", unit="difference"))
     margins = [f"{x:.6g}" for base in (0.02, 0.5, 0.97) for x in margin_of(usage, base)]
-    words = [*words_of_contrasts(), *words_of_rows(), *margins]
+    words = [*words_of_contrasts(), *words_of_rows(), *words_of_stand_ins(), *margins]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 

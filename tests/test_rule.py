@@ -10,9 +10,10 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.weightstats import ttost_paired
 from demo import CLAIM
 from vqstudy.rule import AS_CLAIMED, WORDS, Finding, Margin, Measured, as_claimed, carried_on
-from vqstudy.rule import find, handed_over, in_size, judge, load_changes, margin_of, may_decide
-from vqstudy.rule import measure, off_scale, on_scale, pooled, region_p, word_of
-from vqstudy.stats import SAYS, Contrast, interval, over_seeds, paired
+from vqstudy.rule import compare_sides, find, handed_over, in_size, judge, load_changes
+from vqstudy.rule import margin_of, may_decide, measure, off_scale, on_scale, pooled, region_p
+from vqstudy.rule import stands_in, word_of
+from vqstudy.stats import SAYS, Contrast, inner_usage, interval, over_seeds, paired
 from vqstudy.tables import Prior, common_variance, holm, moderated, rank_correlation
 from vqstudy.tables import over_settings, seeds_for, variance_of
 
@@ -310,6 +311,50 @@ def test_only_claims_of_one_table_that_may_be_decided_share_a_correction():
     words = [v.word for v in judge(barred, found).values()]
     assert words == ["same direction"] * 2 + ["cannot decide"] * 2
     assert set(pooled(claims, found)) == set(values)
+
+
+PERCEPTUAL = replace(CLAIM, id="lpips", metric="lpips", stand_in="st_lpips", about="mechanism")
+
+
+@pytest.mark.parametrize("scale", ["desk", "gpu", "paper"])
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 1.2])
+def test_a_stand_in_suggests_and_decides_nothing(ratio, scale):
+    table = rows({10_000: ratio}).rename(columns={"mse": "st_lpips"})
+    found = find(PERCEPTUAL, table, scale)
+    assert found.measured.metric == "st_lpips" and stands_in(PERCEPTUAL, found)
+    verdict = judge([PERCEPTUAL], {"lpips": found})["lpips"]
+    assert verdict.word == "cannot decide" and as_claimed(verdict.word, "lower") is None
+    # the effect and what it would say stay to be shown
+    assert math.exp(found.contrast.effect) == pytest.approx(ratio, rel=0.02)
+    own = find(PERCEPTUAL, table.assign(lpips=table.st_lpips), scale)
+    assert not stands_in(PERCEPTUAL, own)
+    assert judge([PERCEPTUAL], {"lpips": own})["lpips"].word == verdict.alone != "cannot decide"
+
+
+def test_a_stand_in_takes_no_part_in_the_correction_of_its_table():
+    weak = over_seeds({0: -0.38, 1: -0.3, 2: -0.22})  # p .03: too much for a table of two
+    claims = [replace(CLAIM, about="mechanism"), PERCEPTUAL]
+    measured = [Measured(weak, metric, "ratio", math.nan, {}) for metric in ("mse", "st_lpips")]
+    found = {claim.id: Finding(one, "gpu") for claim, one in zip(claims, measured)}
+    verdicts = judge(claims, found)
+    assert verdicts["demo"].word == "same direction"
+    assert verdicts["demo"].adjusted == verdicts["demo"].p > 0.025
+    assert math.isnan(verdicts["lpips"].adjusted)
+
+
+def test_a_share_of_a_figure_is_judged_in_log_odds_about_its_base():
+    active = {seed: inner_usage(codes / 256, 256) for seed, codes in enumerate((7, 8, 7))}
+    claim = replace(USAGE, sweep="", figure="f", contrast="c", a={}, b=None, published=-0.04)
+    claim = replace(claim, says="lower", smallest=0.01)
+    one = compare_sides(active, 0.05, "usage", "logit")
+    found = handed_over(claim, one.contrast, "paper", 15, one.base)
+    assert found.measured.unit == "logit" and found.measured.base == pytest.approx(0.05)
+    odds = np.log([x / (1 - x) for x in active.values()])
+    test = scipy_stats.ttest_1samp(odds, math.log(0.04 / 0.96), alternative="less")
+    verdict = judge([claim], {"demo": found})["demo"]
+    assert verdict.word == "same direction" and verdict.p == pytest.approx(2 * test.pvalue)
+    assert in_size(claim, found) is False  # the document's 1% is less than any of these
+    assert in_size(replace(claim, published=-0.02), found) is True
 
 
 # ---- the log of changes ----

@@ -12,21 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import recompute
-from vqstudy.cells import sweeps
+from vqstudy.cells import sweep, sweeps
 from vqstudy.records import unplanned
-from vqstudy.rule import WORDS, find, handed_over, judge, off_scale
-from vqstudy.stats import SAYS, Contrast, interval, load_claims
+from vqstudy.rule import WORDS, compare_sides, find, handed_over, judge, off_scale
+from vqstudy.stats import PLACES, SAYS, Contrast, inner_usage, interval, load_claims
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests/recompute.py"
 LEDGER = (ROOT / "figures/ledger.md").read_text(encoding="utf-8")
-# which rows are planned is no verdict: the second path is told
-UNPLANNED = {
-    name: [cell for scale in ("desk", "gpu", "paper") for cell in unplanned(name, scale)]
-    for name in {claim.sweep for claim in load_claims(ROOT / "data/claims.toml")}
-    if (ROOT / f"data/results/{name}.csv").is_file() and name in sweeps()
-}
-OURS = recompute.words(ROOT, UNPLANNED)
+OURS = recompute.words(ROOT)
 ROWS = {name: row for name, row in recompute.read_ledger(LEDGER).items() if row["scale"]}
 
 
@@ -35,14 +29,26 @@ def test_a_second_path_gives_the_ledgers_words():
     assert len(ROWS) > 30 and {row["kind"] for row in ROWS.values()} == {"identity", "toy", "run"}
 
 
-def test_the_second_path_knows_nothing_of_the_package():
+def test_the_second_path_stands_alone(tmp_path):
     tree = ast.parse(SCRIPT.read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "scipy"}
-    told = json.dumps(UNPLANNED)
-    run = subprocess.run([sys.executable, "-I", SCRIPT, ROOT, told], capture_output=True, text=True)
+    command = [sys.executable, "-I", SCRIPT]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (0, "the ledger agrees\n"), run.stdout + run.stderr
+
+
+def test_the_list_of_cells_that_no_plan_has_is_that_of_the_plans():
+    drawn = {name: sweep(name)["figures"] for name in sweeps()}
+    claims = load_claims(ROOT / "data/claims.toml")
+    names = {name for name in drawn for c in claims if name == c.sweep or c.figure in drawn[name]}
+    cells = {name: {place: unplanned(name, place) for place in PLACES[1:]} for name in names}
+    cells = {name: {place: ids for place, ids in each.items() if ids}
+             for name, each in cells.items()}
+    listed = recompute.unplanned_cells(ROOT / "data/results")
+    advice = "data/results/unplanned.json is old: draw the ledger again"
+    assert listed == {name: each for name, each in cells.items() if each}, advice
 
 
 def planted(name, old, new):
@@ -72,6 +78,9 @@ OTHER = {
     "effect [95%]": (r"(?<=\d) \[[+-]?", " [+7"),
     "last digit": (r"\d(?=, [+-]?[\d.]+\])", lambda digit: str((int(digit[0]) + 2) % 10)),
     "p (Holm)": (r"<br>p [\d.e-]+ \(", "<br>p 0.512 ("),
+    "no interval": (r" \[[-+\d.]+, [-+\d.]+\]", ""),
+    "no effect": (r"\| [×+-][^<|]*<br>(?=\d+ seeds)", "| <br>"),
+    "no p": (r"<br>p [\d.e-]+ \([\d.e-]+\)", ""),
 }
 
 
@@ -83,6 +92,14 @@ def test_a_changed_number_is_seen(column):
     assert len(found) == 1 and found[0].startswith(f"{name}: ")
 
 
+@pytest.mark.parametrize("answer, other", [("yes", "not as claimed"), ("no", "as claimed")])
+def test_a_changed_answer_is_seen(answer, other):
+    name = next(name for name, row in ROWS.items() if row["as claimed"] == answer)
+    for new in (f"<br>{other}", ""):
+        found = list(recompute.differences(OURS, planted(name, "<br>(not )?as claimed", new)))
+        assert len(found) == 1 and found[0].startswith(f"{name}: as claimed {answer!r}")
+
+
 def test_a_claim_that_is_missing_or_too_many_is_seen():
     name = next(iter(ROWS))
     without = "\n".join(line for line in LEDGER.split("\n") if f'<a id="{name}">' not in line)
@@ -91,7 +108,118 @@ def test_a_claim_that_is_missing_or_too_many_is_seen():
     assert "nobody-says-so: only in the ledger" in list(recompute.differences(OURS, more))
 
 
-# ---- both paths on constructed tables ----
+# ---- what figures find in runs ----
+
+
+@pytest.mark.parametrize("stem", recompute.FIGURES)
+def test_a_figure_hands_over_what_its_runs_say(stem):
+    whole = json.loads((ROOT / f"data/results/toys/{stem}.json").read_text())
+    scale, of_figure = whole["scale"], recompute.FIGURES[stem][1]
+    found = of_figure(ROOT / "data/results", scale)
+    assert found.keys() == whole["claims"].keys()
+    for name, values in whole["claims"].items():
+        effects, base, _ = found[name]
+        if base and "base" not in values:  # in points, by older code
+            continue
+        ours = recompute.summary(effects) | ({"base": base} if base else {})
+        theirs = {key: values[key] for key in ours}
+        assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+def project_of(folder):
+    "A project beside this one, whose files are those of this one until they are replaced."
+    (folder / "data/results/toys").mkdir(parents=True)
+    for path in [ROOT / "data/claims.toml", *(ROOT / "data/results").glob("**/*.*")]:
+        if path.suffix in (".toml", ".csv", ".json") and "samples" not in path.parts:
+            (folder / path.relative_to(ROOT)).symlink_to(path)
+    return folder
+
+
+CHANGED = {
+    "huh_fig06": ("vq + l2 + alt", "gap", {"huh-fig06-alternation-narrows-gap"}),
+    "huh_fig09": ("vq", "nearest_cq", {"huh-fig09-divergence-grows"}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_history_is_seen(tmp_path, name):
+    method, column, claims = CHANGED[name]
+    path = project_of(tmp_path) / f"data/results/{name}.history.csv"
+    table, rows = pd.read_csv(path), pd.read_csv(ROOT / f"data/results/{name}.csv")
+    mine = table.cell.isin(rows.cell[(rows.method == method) & (rows.seed == 1)])
+    table.loc[mine & (table.step > 0), column] *= 7
+    path.unlink()
+    table.to_csv(path, index=False)
+    found = list(recompute.differences(recompute.words(tmp_path), LEDGER))
+    assert {line.partition(":")[0] for line in found} == claims
+
+
+def leave_runs(folder, sweep, runs, scale):
+    "The table and histories of runs: (cell, row, steps by number)."
+    same = dict(scale=scale, num_codes=256, updates=24, inner=1)
+    rows = [same | dict(cell=cell, status="done") | row for cell, row, _ in runs]
+    pd.DataFrame(rows).to_csv(folder / f"{sweep}.csv", index=False)
+    lines = [dict(cell=cell, scale=scale, step=step) | values
+             for cell, _, steps in runs for step, values in steps.items()]
+    pd.DataFrame(lines).to_csv(folder / f"{sweep}.history.csv", index=False)
+
+
+def test_the_first_steps_by_hand(tmp_path):
+    def steps(codes, end):
+        "The active codes after one step, and at the end."
+        calm = dict(active_codes=200, nearest_cq=3.0, relative_error=0.5, gap=2.0, gap_relative=1.0)
+        run = {step: dict(calm) for step in (*range(17), 20, 24)}
+        run[1] |= dict(active_codes=codes, gap_relative=0.8)
+        run[7] |= dict(relative_error=1.5, gap=3.0)
+        run[15] |= dict(active_codes=12, nearest_cq=6.0)
+        run[16] |= dict(relative_error=99.0, gap=99.0)
+        run[24] |= dict(active_codes=end, gap_relative=0.2)
+        return run
+
+    runs = [(f"c{seed}", dict(method="vq", seed=seed), steps(64, 12)) for seed in range(3)]
+    other = dict(method="vq + alt", seed=0)
+    strange = [("alt", other, steps(9, 200)), ("old", dict(method="vq", seed=3), steps(9, 200))]
+    strange.append(("lost", dict(method="vq", seed=4, status="failed"), steps(9, 200)))
+    leave_runs(tmp_path, "huh_fig09", runs + strange, "paper")
+    (tmp_path / "unplanned.json").write_text('{"huh_fig09": {"paper": ["old"]}}')
+    found = recompute.first_steps(tmp_path, "paper")
+    ends = {"half-idle-after-one-step": (math.log(64.5 / 192.5), 0.5, 1)}
+    ends["collapse-within-16-steps"] = math.log(12.5 / 244.5 * 19), 0.05, 15
+    ends |= {"divergence-grows": (math.log(2), None, 15), "error-jumps": (math.log(3), None, 15)}
+    ends["gap-spikes"] = math.log(1.5), None, 15
+    ends = {f"huh-fig09-{name}": end for name, end in ends.items()}
+    ends["huh-gap-falls-with-collapse"] = math.log(0.25), None, 24
+    assert found.keys() == ends.keys()
+    for name, (effect, base, updates) in ends.items():
+        assert found[name][0] == pytest.approx(dict.fromkeys(range(3), effect)), name
+        assert found[name][1:] == (base, updates), name
+    runs[0] = ("c0", dict(method="vq", seed=0), steps(64, 13))  # 5.1% of the codes: no collapse
+    leave_runs(tmp_path, "huh_fig09", runs, "paper")
+    assert "huh-gap-falls-with-collapse" not in recompute.first_steps(tmp_path, "paper")
+
+
+def test_the_late_gap_by_hand(tmp_path):
+    def steps(*late):
+        "Gap and relative gap after 100 and 200 steps."
+        early = {0: dict(gap=1e9, gap_relative=1e9)}
+        return early | {100 * (i + 1): dict(gap=g, gap_relative=r) for i, (g, r) in enumerate(late)}
+
+    alternated, joint = steps((1, 0.5), (4, 0.7)), steps((4, 0.9), (16, 0.9))
+    runs = [(f"a{s}", dict(method="vq + l2 + alt", seed=s), alternated) for s in range(3)]
+    runs += [(f"j{s}", dict(method="vq + l2", seed=s), joint) for s in range(4)]
+    leave_runs(tmp_path, "huh_fig06", runs, "desk")
+    inner = [("i0", dict(method="vq + l2 + alt", seed=0, inner=4), steps((9e9, 9), (9e9, 9)))]
+    leave_runs(tmp_path, "huh_fig06_inner", inner, "desk")
+    found = recompute.late_gap(tmp_path, "desk")
+    ends = {"gap": math.log(0.25), "relative-gap": -0.3}
+    for name, effect in ends.items():
+        effects, base, updates = found.pop(f"huh-fig06-alternation-narrows-{name}")
+        assert effects == pytest.approx(dict.fromkeys(range(3), effect))
+        assert (base, updates) == (None, 24)
+    assert not found
+
+
+# ---- a constructed ledger ----
 
 METRICS = '[metrics]\nmse = "lower"\nusage = "higher"\nst = "lower"\n'
 
@@ -117,6 +245,47 @@ about = "{about}"
 document_updates = 5000
 """
 
+
+HEAD = """### Huh et al. 2023: runs
+
+| claim | contrast | effect | word | from |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def constructed(tmp_path, published):
+    "Our words on one claim with the document's effect, and a ledger that says the same."
+    (tmp_path / "data/results").mkdir(parents=True)
+    text = METRICS + claim_text(1, "lower", "mse", "mechanism", '{method = "b"}')
+    (tmp_path / "data/claims.toml").write_text(f"{text}published = {published}\n")
+    runs = [("a", s, x) for s, x in enumerate((0.49, 0.5, 0.51))] + [("b", s, 1) for s in range(3)]
+    rows = pd.DataFrame(runs, columns=["method", "seed", "mse"])
+    rows = rows.assign(cell=range(6), dataset="x", scale="gpu", status="done", updates=100)
+    rows = rows.assign(deep=rows.method == "a")
+    rows.to_csv(tmp_path / "data/results/walks.csv", index=False)
+    ours = recompute.words(tmp_path)
+    one = ours["claim-1"]
+    effect = "×{:.3f} [{:.3f}, {:.3f}]<br>3 seeds<br>".format(*one["ends"])
+    effect += f"document ×{published}, {'inside' if published == 0.5 else 'outside'}"
+    word = f"**same direction** at gpu, 100 updates<br>as claimed<br>p {one['p']:.2g} "
+    word += f"({one['adjusted']:.2g})"
+    return ours, f'{HEAD}| <a id="claim-1"></a>t | c | {effect} | {word} | f |\n'
+
+
+@pytest.mark.parametrize("published, inside", [(0.5, "inside"), (0.3, "outside")])
+def test_a_documents_effect_on_the_other_side_of_our_interval_is_seen(tmp_path, published, inside):
+    ours, text = constructed(tmp_path, published)
+    assert ours["claim-1"]["in size"] == inside and not list(recompute.differences(ours, text))
+    other = {"inside": "outside", "outside": "inside"}[inside]
+    faults = {f", {inside}": f", {other}", f"×{published}, ": "×0.77, ", "as claimed": "nothing"}
+    for old, new in faults.items():
+        assert len(list(recompute.differences(ours, text.replace(old, new)))) == 1, old
+    left_out = re.sub("<br>document[^|]*", " ", text)
+    found = list(recompute.differences(ours, left_out))
+    assert found[0] == f"claim-1: document {published}, the ledger says ''"
+
+
+# ---- both paths on constructed tables ----
 
 def random_rows(rng):
     "Two methods, one to three lengths, two to five seeds, some lost, at two scales."
@@ -153,8 +322,11 @@ def first_path(claims, rows):
     return findings, judge(claims, findings)
 
 
-def both_paths(tmp_path, seed, monkeypatch):
-    "The words of a constructed project by either path; what stands beside them is compared here."
+def both_paths(tmp_path, seed, monkeypatch, lost=lambda rows: rows):
+    """The words of a constructed project by either path; what stands beside them is compared here.
+
+    lost: takes values out of the rows.
+    """
     monkeypatch.setattr("vqstudy.stats.bootstrap", lambda *_: (math.nan, math.nan))
     rng = np.random.default_rng(seed)
     cases = list(product(SAYS, ("mse", "usage"), ("final", "mechanism")))
@@ -163,7 +335,7 @@ def both_paths(tmp_path, seed, monkeypatch):
     (tmp_path / "data/results").mkdir(parents=True)
     path = tmp_path / "data/claims.toml"
     path.write_text(METRICS + "".join(texts))
-    random_rows(rng).to_csv(tmp_path / "data/results/walks.csv", index=False)
+    lost(random_rows(rng)).to_csv(tmp_path / "data/results/walks.csv", index=False)
     rows = pd.read_csv(tmp_path / "data/results/walks.csv")
     findings, verdicts = first_path(load_claims(path), rows)
     second = recompute.words(tmp_path)
@@ -185,6 +357,64 @@ def test_both_paths_agree_on_constructed_tables(tmp_path, monkeypatch):
         assert first == second, seed
         earned |= set(first.values())
     assert earned == set(WORDS) - {"not measured"}
+
+
+LOST = {
+    "no mse": lambda rows: rows.drop(columns="mse"),
+    "on one side": lambda rows: rows.assign(mse=rows.mse.where(rows.method == "b")),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_both_paths_take_no_word_from_a_stand_in(tmp_path, monkeypatch, what):
+    for seed in range(3):
+        first, second = both_paths(tmp_path / str(seed), seed, monkeypatch, LOST[what])
+        assert first == second, seed
+        claims = load_claims(tmp_path / str(seed) / "data/claims.toml")
+        errors = {c.id: bool(c.stand_in) for c in claims if c.metric == "mse"}
+        assert {True, False} == {*errors.values()}
+        words = {True: "cannot decide", False: "not measured"}
+        assert {name: first[name] for name in errors} == {n: words[x] for n, x in errors.items()}
+
+
+def share_claim(says):
+    name = says.replace(" ", "-")
+    return f"""[[claim]]
+id = "share-{name}"
+source = "huh2023"
+place = "p"
+text = "t"
+figure = "f"
+contrast = "c"
+metric = "usage"
+says = "{says}"
+smallest = 0.02
+published = -0.2
+scales = ["gpu"]
+kind = "run"
+about = "mechanism"
+"""
+
+
+@pytest.mark.parametrize("codes", [(90, 93, 88), (120, 135, 131), (250, 256, 251)])
+def test_both_paths_agree_on_shares_that_figures_hand_over(tmp_path, codes):
+    (tmp_path / "data/results/toys").mkdir(parents=True)
+    path = tmp_path / "data/claims.toml"
+    path.write_text(METRICS + "".join(map(share_claim, SAYS)))
+    claims = load_claims(path)
+    active = {seed: inner_usage(k / 256, 256) for seed, k in enumerate(codes)}
+    one = compare_sides(active, 0.5, "usage", "logit")
+    fields = one.contrast._asdict() | dict(base=one.base)
+    fields = {key: None if x != x else x for key, x in fields.items()}
+    whole = dict(scale="gpu", claims={c.id: fields for c in claims})
+    (tmp_path / "data/results/toys/f.json").write_text(json.dumps(whole))
+    found = {c.id: handed_over(c, one.contrast, "gpu", None, one.base) for c in claims}
+    first = {name: verdict.word for name, verdict in judge(claims, found).items()}
+    second = recompute.words(tmp_path)
+    assert {name: two["word"] for name, two in second.items()} == first
+    ends = [off_scale(x, "logit", one.base) for x in one.contrast[:3]]
+    for two in second.values():
+        np.testing.assert_allclose(two["ends"], ends)
 
 
 def test_both_paths_agree_on_evidence_of_figures(tmp_path):

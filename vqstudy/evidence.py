@@ -17,8 +17,16 @@ from .provenance import commit, device, versions
 
 # %% ../nbs/lib/10ad_evidence.ipynb #e5f2e8e1
 def _as_numbers(name: str, value: Any) -> dict[str, float | int | None]:
-    "An exact number, or a named tuple with effect (or mean), low, high and n, as six digits each."
-    if hasattr(value, "_asdict"):
+    """What was found as numbers of six digits each.
+
+    value: an exact number, a named tuple with effect (or mean), low, high and n, or one that has
+    such a contrast, and the base of its log odds (NaN where it is of none).
+    """
+    if hasattr(value, "contrast"):
+        fields = value.contrast._asdict()
+        if not math.isnan(value.base):
+            fields["base"] = value.base
+    elif hasattr(value, "_asdict"):
         fields = value._asdict()
     else:
         fields = dict(effect=value, low=value, high=value, n=0)
@@ -55,7 +63,7 @@ def _check_updates(updates: int | dict[str, int] | None, found: dict[str, Any]) 
 
 def evidence(
     stem: str,
-    found: dict[str, Any],                          # {claim: exact number, Interval or Contrast}
+    found: dict[str, Any],                          # {claim: number, Interval, Contrast, Measured}
     scale: str = "",                                # of the results it read; empty for a toy
     updates: int | dict[str, int] | None = None,    # after which it was measured, or by claim
 ) -> Path:
@@ -79,8 +87,8 @@ def evidence(
 def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
     """All evidence that figure notebooks have left, by claim.
 
-    Of each: figure, scale, current (whether it is by the notebook's present code), contrast, and
-    updates (None where they are not known).
+    Of each: figure, scale, current (whether it is by the notebook's present code), contrast, base
+    (of log odds: the share that they are against; else NaN) and updates (None where not known).
     Raises FileNotFoundError for evidence without its notebook, ValueError for a claim with two.
     """
     from vqstudy.stats import Contrast
@@ -95,8 +103,9 @@ def gathered(scale: str = "") -> dict[str, dict[str, Any]]:
             if name in claims:
                 both = f"{claims[name]['figure']} and {figure} both give evidence"
                 raise ValueError(f"claim {name}: {both}; one must decide")
-            contrast = Contrast(**{key: math.nan if x is None else x for key, x in values.items()})
-            entry = dict(figure=figure, scale=left["scale"], current=current, contrast=contrast)
+            values = {key: math.nan if x is None else x for key, x in values.items()}
+            base = values.pop("base", math.nan)
+            entry = dict(figure=figure, scale=left["scale"], current=current, base=base)
             length = updates.get(name) if isinstance(updates, dict) else updates
-            claims[name] = entry | dict(updates=length)
+            claims[name] = entry | dict(contrast=Contrast(**values), updates=length)
     return claims
