@@ -1,10 +1,13 @@
 """What every figure notebook repeats: verdicts, and rows of a former protocol."""
 
 import math
+from dataclasses import replace
 import pandas as pd
 import pytest
+from demo import CLAIM
 from vqstudy import figures
-from vqstudy.stats import Contrast, Interval
+from vqstudy.rule import Finding, Measured, compare_sides
+from vqstudy.stats import Contrast, Interval, inner_usage
 
 STEM = "huh_fig09_early_collapse"
 GROWS = "huh-fig09-divergence-grows"  # decided at desk
@@ -58,6 +61,25 @@ def test_a_claim_of_another_figure_is_refused_and_nothing_is_kept(kept):
 )
 def test_exact_numbers_and_intervals_are_contrasts(value, effect):
     assert figures.effect_text(figures._as_contrast(value)) == effect
+
+
+def test_a_share_is_judged_in_log_odds_and_shown_in_points(kept):
+    active = {seed: inner_usage(codes / 256, 256) for seed, codes in enumerate((20, 21, 22))}
+    found = {HALF: compare_sides(active, 0.5, "usage", "logit")}
+    line = figures.conclude(STEM, found, "paper", 1)
+    assert kept == [(STEM, found, "paper", 1)]
+    assert line.startswith("- **same direction at paper, 1 update**: ")
+    # the mean of the log odds of 20.5, 21.5 and 22.5 of 257, less a half
+    assert "-0.4164 [-0.4256, -0.4062], 3 seeds" in line
+
+
+def test_a_stand_in_is_not_said_to_be_too_short():
+    claim = replace(CLAIM, metric="lpips", stand_in="st_lpips", document_updates=100)
+    contrast = Contrast(-0.5, -0.6, -0.4, n=3)
+    measured = [Measured(contrast, name, "ratio", math.nan, {}) for name in ("st_lpips", "lpips")]
+    texts = [figures.word_text(claim, Finding(m, "gpu", 100), "cannot decide") for m in measured]
+    assert texts[0] == "cannot decide at gpu, 100 updates"
+    assert texts[1] == "cannot decide at gpu, 100 of the document's 100 updates"
 
 
 def test_a_sweep_that_decides_claims_by_itself():

@@ -17,6 +17,7 @@ from .cells import SCALES, plan, root
 from .plots import style
 from .records import evidence, results
 from .rule import Finding, Verdict, at_length, find, handed_over, judge, lengths, off_scale
+from .rule import Measured, stands_in
 from .stats import PLACES, SEEDS, Claim, Contrast, Interval, load_claims
 
 # %% ../nbs/lib/12b_figures.ipynb #3c21c911
@@ -204,7 +205,7 @@ def word_text(claim: Claim, found: Finding, word: str) -> str:
     if not found.updates:
         return f"{word} at {found.scale}"
     length = counted(found.updates, "update")
-    if word == "cannot decide" and claim.document_updates:
+    if word == "cannot decide" and claim.document_updates and not stands_in(claim, found):
         length = f"{found.updates:,} of the document's {counted(claim.document_updates, 'update')}"
     return f"{word} at {found.scale}, {length}"
 
@@ -229,7 +230,7 @@ def _listed(lines: Iterable[str]) -> str:
 
 def conclude(
     stem: str,
-    found: Mapping[str, Any],  # {claim id: exact number, Interval or Contrast}
+    found: Mapping[str, Any],  # {claim id: number, Interval, Contrast or Measured}
     scale: str = "",           # of the rows; empty: a toy
     updates: int | Mapping[str, int] | None = None,  # of all, or by claim id
     shown: Iterable[str] = (),  # ids of the claims of the answer, in order; none: all
@@ -247,14 +248,21 @@ def conclude(
     at = updates if isinstance(updates, Mapping) else dict.fromkeys(found, updates)
     place = scale or "toy"
     findings = {
-        name: handed_over(claims[name], _as_contrast(value), place, at.get(name))
+        name: handed_over(claims[name], _as_contrast(value), place, at.get(name), _base_of(value))
         for name, value in found.items()
     }
     return _said([claims[name] for name in found], findings, shown, sample)
 
 # %% ../nbs/lib/12b_figures.ipynb #197b2d71
+def _base_of(value: Any) -> float:
+    "Of a share in log odds what it is against; else NaN."
+    return value.base if isinstance(value, Measured) else math.nan
+
+
 def _as_contrast(value: Any) -> Contrast:
-    "An exact number or an interval as a contrast."
+    "An exact number, an interval or a share in log odds as a contrast."
+    if isinstance(value, Measured):
+        return value.contrast
     if isinstance(value, Contrast):
         return value
     if isinstance(value, Interval):
