@@ -367,6 +367,30 @@ def test_the_summary_counts_and_extends(project, capsys):
     assert 'for all methods: {"lr": 0.2}' in capsys.readouterr().out
 
 
+def travelling(p, error):
+    "What a run of each length records: the rate times the sum of its factors; c has no codebook."
+    far = {n: p["nu"] * n / 10 if p["method"] != "c" else None for n in p["lengths"]}
+    return [dict(updates=n, error=error(p), codebook_travel=far[n], map_travel=None) for n in far]
+
+
+def test_the_summary_shows_how_far_the_best_setting_goes_at_the_longest_length(project):
+    "In the second round, too, where a has another best setting."
+    measure("rate", rated)
+    shown = {}
+    for name, text, error in (("search", SEARCH, searched), ("again", AGAIN, again)):
+        text += "fixed: {lengths: [50, 1000]}\n"
+        files.write(project / f"nbs/sweeps/{name}.yaml", text)
+        for cell in cells.plan(name, "desk"):
+            leave(cell, {}, lengths=travelling(cell.parameters, error))
+        records.collect(name, "desk", dirty=True)
+        lines = tuning.summary(name, "desk").splitlines()
+        shown[name] = [" ".join(line.split()) for line in lines]
+    assert "a 4 4 0 1 nu 0.3, codebook_travel 30" in shown["search"]
+    assert "b 4 4 0 1 nu 1.5, codebook_travel 150" in shown["search"]
+    assert "c 1 - - 1" in shown["search"] and "map_travel" not in str(shown)
+    assert any(line.endswith("nu 0.8, codebook_travel 80") for line in shown["again"])
+
+
 # ---- the search of Table 3 ----
 
 
