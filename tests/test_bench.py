@@ -3,7 +3,9 @@
 No time is asserted but the ratio of two sleeps. Peak memory of a peer is tested in the notebook.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from vqstudy import bench, cells, peers
+from vqstudy import bench, cells, files, peers
 from vqstudy.search import nearest
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +215,40 @@ def test_runs_and_figures_at_a_tiny_scale(project, monkeypatch):
     assert all(b"not measured" in first[f"{stem}.md"] for stem in stems)
     study(project, draw)
     assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == first
+
+
+def add_former(folder, name):
+    "Give a sweep's table a row of a cell that it no longer plans, with where that is from."
+    path, notes = (folder / f"data/results/{name}.{kind}" for kind in ("csv", "json"))
+    rows, known = files.read_table(path), json.loads(notes.read_text())
+    files.write_table(path, [*rows, rows[0] | {"cell": f"{name}-former"}], rows[0])
+    of_cells = known["cells"]["desk"]
+    of_cells[f"{name}-former"] = of_cells[rows[0]["cell"]]
+    notes.write_text(json.dumps(known))
+
+
+def test_rows_that_are_no_longer_planned_are_counted_in_every_figure(tmp_path):
+    "On the committed tables, each with such a row more."
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for name in ("nbs/sweeps", "nbs/runs", "nbs/figs", "data/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in BENCHES:
+        add_former(tmp_path, name)
+    stems = ["bench_overhead", "bench_router", "bench_search"]
+    env = dict(os.environ, VQSTUDY_ROOT=str(tmp_path), PYTHONPATH=str(ROOT))
+    study((tmp_path, env), [f"draw --scale desk {stem}" for stem in stems])
+    for stem in stems:
+        places = ["CPU"]
+        if stem == "bench_search":
+            places = ["CPU, bench_search", "CPU, bench_step"]
+        for kind in ("md", "svg"):
+            text = (tmp_path / f"figures/{stem}.{kind}").read_text()
+            for place in places:
+                assert re.search(f"{place}: \\d+ rows? of a former protocol left out", text)
+        # what is shown stays as it is
+        lines = [(folder / f"figures/{stem}.md").read_text() for folder in (ROOT, tmp_path)]
+        committed, shown = ([x for x in text.splitlines() if x[:1] == "|"] for text in lines)
+        assert shown == committed
 
 
 def test_no_benchmark_is_part_of_the_smoke_study():

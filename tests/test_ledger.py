@@ -415,7 +415,7 @@ def test_ledger_from_results_to_words(project):
     assert set(drawn) == {"ledger.md", "ledger.svg"}
     text = drawn["ledger.md"].decode()
     assert set(COUNTS.splitlines()) <= set(text.splitlines())
-    assert "8 claims in 2 tables were tested" in text
+    assert "8 claims in 2 tables were tested" in text and "Not read" not in text
     draw(project)
     for name, content in drawn.items():
         assert (project / "figures" / name).read_bytes() == content
@@ -485,8 +485,8 @@ def test_rows_that_are_no_longer_planned_are_counted_and_not_read(project):
     strange = rows[rows.method == "vq + l2"].assign(cell=["walk-0", "walk-1", "walk-2"], mse=9.0)
     pd.concat([rows, strange]).to_csv(path, index=False)
     assert draw(project)["reproduced"]["word"] == "same direction at desk"
-    executed = (project / "executed.ipynb").read_text()
-    assert "3 rows of cells that their sweep no longer plans are not read" in executed
+    told = "Not read: 3 rows of cells that their sweep no longer plans (walks at desk 3)."
+    assert told in (project / "figures/ledger.md").read_text(encoding="utf-8")
 
 
 def test_evidence_of_older_code_is_marked_and_of_a_stranger_refused(project):

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'LOOK', 'COLOURS', 'SETS', 'MARKERS', 'TONES', 'style', 'panels', 'toned', 'look', 'figure_path',
-           'save_figure', 'save_table']
+           'save_figure', 'way_back', 'as_markdown', 'save_table']
 
 # %% ../nbs/lib/12_plots.ipynb #5de9a4aa
 import colorsys
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from .cells import root
+from .cells import root, sweep, sweeps
+from .outcomes import results_folder
 
 # %% ../nbs/lib/12_plots.ipynb #0f2b1a50
 WIDTH = 7.0  # inches; of every figure
@@ -145,14 +148,49 @@ def save_figure(fig: Figure, stem: str, scale: str = "", folder: Path | None = N
     fig.savefig(path, metadata={"Date": None})
     return path
 
+# %% ../nbs/lib/12_plots.ipynb #170a7ed8
+def _linked(text: str, target: Path, folder: Path) -> list[str]:
+    "A file's link in Markdown, as it is seen from a folder; none where there is no such file."
+    return [f"[{text}]({os.path.relpath(target, folder)})"] if target.is_file() else []
+
+
+def way_back(
+    stem: str,
+    scale: str = "",
+    folder: Path | None = None,  # in which the table is; as `figure_path` takes it
+    names: Iterable[str] = (),   # of further sweeps whose rows it shows
+) -> str:
+    """Links from figures/<stem>.md to what it is from, in a line; empty where there is nothing.
+
+    They are the figure's notebook, the sweeps that name it and others, the rows and commits of
+    these, and the evidence that the figure handed over to the ledger, of those that are there.
+    """
+    place = figure_path(stem, ".md", scale, folder).parent
+    nbs, data = root() / "nbs", results_folder(scale)
+    feeding = [name for name in sweeps() if stem in sweep(name)["figures"]]
+    parts = _linked("notebook", nbs / "figs" / f"{stem}.ipynb", place)
+    for name in dict.fromkeys([*feeding, *names]):
+        files = _linked("rows", data / f"{name}.csv", place)
+        files += _linked("commits", data / f"{name}.json", place)
+        for link in _linked(name, nbs / "sweeps" / f"{name}.yaml", place):
+            parts.append(f"{link} ({', '.join(files)})" if files else link)
+    if scale != "smoke":  # where it may be written after the table
+        parts += _linked("evidence", data / "toys" / f"{stem}.json", place)
+    return f"From: {', '.join(parts)}" if parts else ""
+
+# %% ../nbs/lib/12_plots.ipynb #8cde227a
+def as_markdown(table: pd.DataFrame) -> str:
+    "A table in Markdown, whose numbers keep their digits, and whose cells are not padded."
+    rows = table.to_markdown(index=False, disable_numparse=True)
+    # tabulate pads every cell to its column's widest
+    return re.sub("-{4,}", "---", re.sub(r" +\|", " |", rows))
+
 
 def save_table(
     table: pd.DataFrame, stem: str, scale: str = "", caption: str = "", folder: Path | None = None
 ) -> Path:
-    "Write figures/<stem>.md: the caption, then the table as Markdown."
+    "Write figures/<stem>.md: the caption, the table as Markdown, and the way back to its rows."
     path = figure_path(stem, ".md", scale, folder)
-    # tabulate pads every cell to its column's widest
-    rows = table.to_markdown(index=False, disable_numparse=True)
-    rows = re.sub(r" +\|", " |", rows)
-    path.write_text(f"{caption}\n\n{re.sub('-{4,}', '---', rows)}\n")
+    parts = [caption, as_markdown(table), way_back(stem, scale, folder)]
+    path.write_text("\n\n".join(filter(None, parts)) + "\n")
     return path
