@@ -307,7 +307,6 @@ def test_ledger_from_results_to_words(project):
     text = drawn["ledger.md"].decode()
     assert set(COUNTS.splitlines()) <= set(text.splitlines())
     assert "8 claims in 2 tables were tested" in text and "Not read" not in text
-    assert "From: [claims](../data/claims.toml)" in text
     draw(project)
     for name, content in drawn.items():
         assert (project / "figures" / name).read_bytes() == content

@@ -89,6 +89,8 @@ def git_files(*patterns):
 
 
 TABLES = [Path(name) for name in git_files("figures/*.md")]
+# each claim of the ledger has links of its own (tests/test_ledger.py)
+OF_ONE_FIGURE = [path for path in TABLES if path.stem != "ledger"]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -100,7 +102,7 @@ def test_every_link_of_a_committed_table_leads_to_a_file_of_the_repository(path)
     assert targets and found <= known, found - known
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_ONE_FIGURE, ids=lambda path: path.stem)
 def test_a_committed_table_leads_to_its_notebook_and_to_the_commits_of_its_rows(path):
     targets = {target for _, target in LINK.findall((ROOT / path).read_text(encoding="utf-8"))}
     wanted = {f"nbs/figs/{path.stem}.ipynb"}
