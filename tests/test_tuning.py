@@ -352,7 +352,7 @@ def test_the_summary_says_which_method_lacks_live_trials(project):
     files.write(project / "nbs/sweeps/search.yaml", HEAD + f"scales: {{desk: {{grid: {grid}}}}}")
     measure("search", lambda p: math.inf if p["method"] == "a" and p["nu"] < 1 else p["nu"])
     shown = tuning.summary("search", "desk")
-    assert "a: 2 of 3 live trials are missing; `drawn(knobs_of('a'), 6)` goes on" in shown
+    assert "a: 2 of 3 live trials are missing; `drawn(knobs_of('a'), 4)` goes on" in shown
     assert "b: " not in shown
 
 

@@ -385,7 +385,8 @@ def _shortfall(method: str, tried: list[Trial], trials_of_each: int) -> list[str
     if not tried[0].setting or alive >= trials_of_each:
         return []
     lack = f"{trials_of_each - alive} of {trials_of_each} live trials are missing"
-    return [f"{method}: {lack}; `drawn(knobs_of({method!r}), {2 * trials_of_each})` goes on"]
+    more = 1 << trials_of_each.bit_length()  # the next power of 2: others `drawn` refuses
+    return [f"{method}: {lack}; `drawn(knobs_of({method!r}), {more})` goes on"]
 
 
 def _gaps(found: dict[str, list[Trial]], best: dict[str, dict[str, Any]]) -> list[str]:
