@@ -145,6 +145,26 @@ def test_rows_of_a_branch_have_its_length_and_those_of_the_trunk_none():
     assert fitted.metrics.keys() == {"loss", "task_loss", "quantizer_loss", "drawn_too"}
 
 
+def test_rows_in_between_change_nothing():
+    "Of a length, or of a run of epochs, whose end is no multiple of them."
+    finer = run(LENGTHS, watch_updates=2)
+    assert finer.lengths == together().lengths
+    trunk = [row["updates"] for row in of_length(finer.history, None)]
+    assert trunk == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [len(of_length(finer.history, length)) for length in LENGTHS] == [1, 1, 1]
+    states = zip(finer.model.state_dict().values(), together().model.state_dict().values())
+    assert all(torch.equal(x, y) for x, y in states)
+    ends = [run((), epochs=3, watch_updates=n).history for n in (0, 4)]
+    assert [[row["epoch"] for row in rows] for rows in ends] == [[1, 2, 3], [4 / 3, 8 / 3, 3]]
+
+
+def test_a_run_killed_between_its_rows_goes_on(tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(OutOfTime):
+        run(LENGTHS, path=path, watch_updates=2, deadline=time.time() + 0.05)
+    assert same(run(LENGTHS, path=path, watch_updates=2), run(LENGTHS, watch_updates=2))
+
+
 def test_the_loss_of_a_length_is_the_mean_of_its_last_fifth():
     losses = []
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'FORMER', 'Place', 'opening', 'shown_scale', 'planned', 'left_out', 'counted', 'mean_text', 'effect_text',
-           'dataset_name', 'about', 'shown_rows', 'at_longest', 'caption_of', 'word_text', 'verdict_line', 'conclude',
-           'verdicts_of']
+           'dataset_name', 'about', 'shown_rows', 'shared_length', 'at_shared', 'caption_of', 'word_text',
+           'verdict_line', 'conclude', 'verdicts_of']
 
 # %% ../nbs/lib/12b_figures.ipynb #61d51438
 import math
@@ -182,17 +182,35 @@ def shown_rows(names: Iterable[str], scale: str) -> pd.DataFrame:
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
-def at_longest(rows: pd.DataFrame) -> pd.DataFrame:
-    "The rows of each data set at its longest length."
-    sets = [part for _, part in rows.groupby("dataset", sort=False)]
-    return pd.concat([at_length(part, lengths(part)[-1]) for part in sets])
+def shared_length(rows: pd.DataFrame) -> int | None:
+    "The longest length in updates that more than half of the methods have; None without lengths."
+    wanted = rows["method"].nunique() / 2
+    counts = {u: at_length(rows, u)["method"].nunique() for u in lengths(rows)}
+    return max((u for u, count in counts.items() if count > wanted), default=lengths(rows)[0])
+
+
+def at_shared(rows: pd.DataFrame) -> pd.DataFrame:
+    "The rows of each data set at its shared length; of a method without it at its longest below."
+    parts = []
+    for _, of_set in rows.groupby("dataset", sort=False):
+        shared = shared_length(of_set)
+        for _, part in of_set.groupby("method", sort=False):
+            known = [u for u in lengths(part) if u is None or u <= shared] or lengths(part)[:1]
+            parts.append(at_length(part, known[-1]))
+    return pd.concat(parts)
 
 
 def caption_of(rows: pd.DataFrame, scale: str) -> str:
-    "`about` the longest length of a data set's rows, and what of them is not shown."
-    count = len(lengths(rows))
-    shorter = f"the longest of {count} lengths" if count > 1 else ""
-    parts = [about(at_longest(rows), scale), shorter, *rows["note"].unique()]
+    "`about` the shared length of a data set's rows, and what of them is not shown."
+    each, shown = lengths(rows), at_shared(rows)
+    parts = [about(at_length(shown, shared_length(rows)), scale)]
+    for updates, part in shown.groupby("updates") if "updates" in shown else []:
+        if updates != shared_length(rows):
+            methods = " and ".join(part["method"].unique())
+            parts.append(f"{methods} after {counted(int(updates), 'update')}")
+    if len(each) > 1:
+        parts.append(f"one of {len(each)} lengths ({each[0]:,} to {each[-1]:,})")
+    parts += list(rows["note"].unique())
     return "; ".join(part for part in parts if part)
 
 # %% ../nbs/lib/12b_figures.ipynb #753348ae

@@ -50,6 +50,7 @@ class Course:
     def __init__(self, s: Settings, per_epoch: int, apart: bool = False):
         self.stages = stages(s, per_epoch, apart)
         self.per_epoch = per_epoch
+        self.per_row = s.watch_updates or per_epoch
         self.steps = sum(stage.stop - stage.start for stage in self.stages)
         self.reached = 0  # the number of stages that are done
 
@@ -74,15 +75,15 @@ class Course:
 
     def closes(self, step: int) -> bool:
         "Whether a row of history is closed at a stop."
-        at_end = self.stage.length > 0 and step == self.stage.stop
-        return at_end or step % self.per_epoch == 0
+        is_run = self.stage.length > 0 or len(self.stages) == 1  # else it is of the trunk
+        return is_run and step == self.stage.stop or step % self.per_row == 0
 
     def next_stop(self, step: int) -> int:
         "The next step at which a row is closed, the last fifth begins, or the stage ends."
         falls = branch_start(self.stage.length) if self.stage.length else self.stage.stop
         if step >= falls:
             return self.stage.stop
-        return min(falls, step - step % self.per_epoch + self.per_epoch)
+        return min(falls, step - step % self.per_row + self.per_row)
 
 # %% ../nbs/lib/07d_lengths.ipynb #5e7d1c11
 @contextmanager

@@ -95,7 +95,7 @@ class _Checked:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "inner", "outer"):
             whole(name, getattr(self, name))
-        for name in ("seed", "warmup_updates"):
+        for name in ("seed", "warmup_updates", "watch_updates"):
             whole(name, getattr(self, name), least=0)
         for name in ("lr", "codebook_lr", "map_lr", "keys_lr", "weight_decay", "drop"):
             number(name, getattr(self, name), least=0)
@@ -121,6 +121,7 @@ class Settings(_Checked):
 
     epochs: int = 10                            # unless there are lengths
     lengths: tuple[int, ...] = ()               # updates of runs that share a trunk
+    watch_updates: int = 0                      # from one row of history to the next; 0: an epoch
     batch_size: int = 128                       # images per step
     lr: float = 1e-3                            # highest learning rate of the network
     weight_decay: float = 1e-4                  # of the network; a codebook never has one

@@ -353,7 +353,7 @@ class Fitted:
     "What `fit` returns."
 
     model: nn.Module  # at the end of the longest length
-    history: list[dict]  # one row per epoch, and one at the end of each length
+    history: list[dict]  # one row per epoch or `watch_updates`, and at each length's end
     cost: dict[str, float] = field(default_factory=dict)  # steps, seconds, and the monitor's apart
     observed: list[dict] = field(default_factory=list)  # rows of the monitor, one per step it chose
     lengths: list[dict] = field(default_factory=list)  # of each length: updates, losses, scores
@@ -448,7 +448,7 @@ def fit(
     data: Any,  # an ImageSet, or anything with .x uint8 (n, 3, h, w) and .y (n,) or None
     settings: Settings = Settings(),
     *,
-    # measures after every epoch, in eval mode, without gradients; random states come back
+    # measures for each row of history, in eval mode, without gradients; random states come back
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     # the same at the end of each length, or of all epochs
     score: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -461,7 +461,7 @@ def fit(
     device: torch.device | str = "cpu",
     progress: bool = True,  # show a bar
 ) -> Fitted:
-    """Train `model`, measure it after every epoch, and score it at the end of each length.
+    """Train `model`, measure it now and then, and score it at the end of each length.
 
     On a CPU with one thread a resumed run is bit for bit the uninterrupted one, and what a length
     gives does not depend on the others, if the monitor leaves the model as it is. Raises:
