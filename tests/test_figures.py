@@ -98,9 +98,10 @@ def test_rows_of_a_former_protocol_are_shown_and_said(monkeypatch):
     nothing = former.iloc[:0]
     monkeypatch.setattr(figures, "results", lambda name, scale: former)
     monkeypatch.setattr(figures, "planned", lambda name, scale: nothing)
+    monkeypatch.setattr(figures, "so_far", lambda name, scale: "1 of 2 cells so far")
     monkeypatch.setattr(figures, "left_out", lambda name, scale: "all left out")
     rows = figures.shown_rows(["walks"], "desk")
     assert rows.note.tolist() == [figures.FORMER]
     assert figures.caption_of(rows, "desk").endswith(figures.FORMER)
     monkeypatch.setattr(figures, "planned", lambda name, scale: former)
-    assert figures.shown_rows(["walks"], "desk").note.tolist() == ["all left out"]
+    assert figures.shown_rows(["walks"], "desk").note.tolist() == ["1 of 2 cells so far; all left out"]
