@@ -104,4 +104,5 @@ def test_rows_of_a_former_protocol_are_shown_and_said(monkeypatch):
     assert rows.note.tolist() == [figures.FORMER]
     assert figures.caption_of(rows, "desk").endswith(figures.FORMER)
     monkeypatch.setattr(figures, "planned", lambda name, scale: former)
-    assert figures.shown_rows(["walks"], "desk").note.tolist() == ["1 of 2 cells so far; all left out"]
+    notes = figures.shown_rows(["walks"], "desk").note.tolist()
+    assert notes == ["1 of 2 cells so far; all left out"]
