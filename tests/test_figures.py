@@ -98,9 +98,21 @@ def test_rows_of_a_former_protocol_are_shown_and_said(monkeypatch):
     nothing = former.iloc[:0]
     monkeypatch.setattr(figures, "results", lambda name, scale: former)
     monkeypatch.setattr(figures, "planned", lambda name, scale: nothing)
+    monkeypatch.setattr(figures, "so_far", lambda name, scale: "1 of 2 cells so far")
     monkeypatch.setattr(figures, "left_out", lambda name, scale: "all left out")
     rows = figures.shown_rows(["walks"], "desk")
     assert rows.note.tolist() == [figures.FORMER]
     assert figures.caption_of(rows, "desk").endswith(figures.FORMER)
     monkeypatch.setattr(figures, "planned", lambda name, scale: former)
-    assert figures.shown_rows(["walks"], "desk").note.tolist() == ["all left out"]
+    notes = figures.shown_rows(["walks"], "desk").note.tolist()
+    assert notes == ["1 of 2 cells so far; all left out"]
+
+
+def test_links_of_a_table_hold_in_the_notebook_that_shows_it(monkeypatch):
+    "Both of a table in figures/ and of one in figures/smoke/."
+    text = "[a](../nbs/figs/x.ipynb), [b](y.md#z), [c](https://a.b/c), [d](#e) ![f](x.svg)"
+    at = figures._as_seen_from_notebooks(text, figures.root() / "figures")
+    wanted = "[a](x.ipynb), [b](../../figures/y.md#z), [c](https://a.b/c), [d](#e) "
+    assert at == wanted + "![f](../../figures/x.svg)"
+    deep = figures._as_seen_from_notebooks("[b](y.md)", figures.root() / "figures/smoke")
+    assert deep == "[b](../../figures/smoke/y.md)"

@@ -434,6 +434,19 @@ def test_every_row_has_sixteen_trials_in_its_own_knobs(scale):
         assert all(each == rest[0] for each in rest)
 
 
+def test_the_rows_within_the_papers_range_are_its_best_trials():
+    "Whose values stand in the sweep as numbers."
+    tried = pd.read_csv(ROOT / "data/results/huh_tab03_tune.csv")
+    tried = tried[(tried.scale == "desk") & tried.beta.between(*RANGES["beta"])]
+    planned = [cell.parameters for cell in cells.plan("huh_tab03_beta", "desk")]
+    for parameters in planned:
+        mine = tried[tried.method == parameters["method"]]
+        best = mine.loc[mine.mse.idxmin()]
+        knobs = knobs_of(parameters["method"])
+        assert {k: parameters[k] for k in knobs} == pytest.approx({k: best[k] for k in knobs})
+    assert {parameters["method"] for parameters in planned} == {"vq", "vq + affine", "vq + opt"}
+
+
 def test_the_control_row_has_sixteen_trials_at_sgds_rates():
     planned = cells.plan("huh_tab03_sgd", "desk")
     knobs = ["codebook_lr", "beta"]
@@ -454,7 +467,7 @@ SHARED = ("train_limit", "validation", "lengths", "warmup_updates", "batch_size"
 
 def test_all_parts_of_the_search_measure_the_same():
     names = [name for name in cells.sweeps("desk") if name.startswith("huh_tab03_")]
-    parts = set(names) - {"huh_tab03_celeba", "huh_tab03_precision"}
+    parts = set(names) - {f"huh_tab03_{part}" for part in ("celeba", "precision", "beta")}
     assert parts == {f"huh_tab03_{part}" for part in ("rate", "tune", "best", "sgd")}
     kinds = {json.dumps(own(c, SHARED)) for name in parts for c in cells.plan(name, "desk")}
     assert [json.loads(kind)["lengths"] for kind in kinds] == [[390]]

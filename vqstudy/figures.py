@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'FORMER', 'Place', 'opening', 'shown_scale', 'planned', '
            'word_text', 'verdict_line', 'conclude', 'verdicts_of']
 
 # %% ../nbs/lib/12b_figures.ipynb #61d51438
-import math
+import math, os, re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,13 @@ from .rule import Measured, stands_in
 from .stats import PLACES, SEEDS, Claim, Contrast, Interval, load_claims
 
 # %% ../nbs/lib/12b_figures.ipynb #3c21c911
+def _as_seen_from_notebooks(text: str, folder: Path) -> str:
+    "The Markdown of a file in a folder, with its links as they are from the figure notebooks."
+    start = root() / "nbs" / "figs"
+    target = r"\]\((?!\w+:|#)([^)#\s]+)"  # neither an address nor an anchor
+    return re.sub(target, lambda m: f"]({os.path.relpath(folder / m[1], start)}", text)
+
+
 class Place:
     "A place in a notebook which a later cell fills."
 
@@ -34,6 +41,8 @@ class Place:
         "Fill the place with a saved figure (.svg), a saved table (.md) or with Markdown."
         text = what.read_text(encoding="utf-8") if isinstance(what, Path) else what
         is_picture = isinstance(what, Path) and what.suffix == ".svg"
+        if isinstance(what, Path) and not is_picture:
+            text = _as_seen_from_notebooks(text, what.parent)
         shown = {"image/svg+xml" if is_picture else "text/markdown": text}
         if is_picture:
             shown["text/plain"] = what.name
