@@ -1,0 +1,138 @@
+"""What rules do to measured gradients: against closed forms, finite differences, autograd."""
+
+import copy
+import math
+import pytest
+import torch
+from torch import nn
+from vqstudy.autoencoders import Autoencoder
+from vqstudy.backward import Passage, batch_shape, compare_rules, passage, rule_effects, spreading
+from vqstudy.bottleneck import quantized_task
+from vqstudy.estimators import reflection, rotation, straight_through
+from vqstudy.quantizers import recipe
+from vqstudy.train import reproducible
+
+SPECS = ["vq", "vq + l2", "vq + ema + replace", "vq + affine + opt", "vq + exact", "router", "fsq"]
+
+
+def model_of(spec):
+    reproducible(0)
+    return Autoencoder(recipe(spec, 8, 32, channel_dim=1), channels=8)
+
+
+def images():
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def vectors(n=200, d=5, k=7, seed=0):
+    "Vectors, their nearest of k codes, and gradients."
+    generator = torch.Generator().manual_seed(seed)
+    z, g = torch.randn(2, n, d, dtype=torch.float64, generator=generator)
+    book = torch.randn(k, d, dtype=torch.float64, generator=generator)
+    codes = torch.cdist(z, book).argmin(1)
+    return Passage(z, book[codes], g, codes)
+
+
+# ---- passage ----
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_batch_leaves_what_the_model_has_at_its_quantizer(spec):
+    model, x = model_of(spec), images()
+    seen = passage(model, quantized_task, x)
+    model.eval()
+    out = model.quantizer(model.encoder(x))
+    q = out.z_q.detach().requires_grad_()
+    [wanted] = torch.autograd.grad(model.decoder_loss(q, x, None), q)
+    assert torch.equal(seen.codes, out.codes.reshape(-1))
+    assert torch.equal(seen.q, q.detach().movedim(1, -1).reshape(-1, 8))
+    assert torch.equal(seen.g, wanted.movedim(1, -1).reshape(-1, 8))
+    assert seen.z.shape == seen.q.shape
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_measuring_changes_nothing(spec):
+    model, x = model_of(spec), images()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    passage(model, quantized_task, x)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_normalised_vectors_are_those_that_are_compared():
+    seen = passage(model_of("vq + l2"), quantized_task, images())
+    assert torch.allclose(seen.z.norm(dim=1), torch.ones(len(seen.z)))
+
+
+def test_a_model_without_one_quantizer_is_refused():
+    several = nn.Sequential(recipe("vq", 4, 8), recipe("vq", 4, 8))
+    for model in (nn.Linear(4, 4), several, nn.Sequential(recipe("vq + residual", 4, 8))):
+        with pytest.raises(ValueError, match="quantizer"):
+            passage(model, lambda model, x, y: model(x).z_q.sum(), torch.randn(3, 4))
+
+
+# ---- spreading ----
+
+
+def squares(z, codes):
+    "The summed squared distances to the means of the cells, in the naive form."
+    cells = [z[codes == code] for code in codes.unique()]
+    return sum(((cell - cell.mean(0)) ** 2).sum() for cell in cells)
+
+
+def test_spreading_is_the_rate_of_growth_over_the_largest():
+    seen = vectors()
+    step, eps = seen.g, 1e-6
+    ends = [squares(seen.z + sign * eps * step, seen.codes) for sign in (1, -1)]
+    rate = (ends[0] - ends[1]) / (2 * eps)
+    largest = 2 * (squares(seen.z, seen.codes) * squares(step, seen.codes)).sqrt()
+    assert spreading(seen.z, seen.codes, step) == pytest.approx(float(rate / largest), rel=1e-6)
+
+
+def test_spreading_has_the_sign_of_the_step_and_knows_no_common_one():
+    seen = vectors()
+    outward = seen.z - seen.q  # about a point of the cell, as good as about its mean
+    assert spreading(seen.z, seen.codes, outward) == pytest.approx(1)
+    assert spreading(seen.z, seen.codes, -outward) == pytest.approx(-1)
+    assert math.isnan(spreading(seen.z, torch.arange(len(seen.z)), outward))  # a point a cell
+
+
+# ---- rules ----
+
+
+def test_a_rotation_turns_a_gradient_in_the_plane_by_the_angle_of_z_and_q():
+    z = torch.tensor([[2.0, 0.0, 0.0]])
+    for degrees in (0.001, 30.0, 120.0):
+        turn = math.radians(degrees)
+        q = torch.tensor([[math.cos(turn), math.sin(turn), 0.0]])
+        seen = Passage(z, q, torch.tensor([[0.3, -0.4, 0.0]]), torch.tensor([0]))
+        found = rule_effects(seen, rotation())
+        assert found["angle"] == pytest.approx(degrees, rel=1e-4)
+        assert found["length"] == pytest.approx(0.5)
+        assert batch_shape(seen)["angle"] == pytest.approx(degrees, rel=1e-3)
+
+
+def test_each_rule_has_a_row_of_what_its_formula_says():
+    seen = vectors()
+    rules = {"ste": straight_through, "turn": rotation(scale="unit"), "mirror": reflection()}
+    rows = {row["rule"]: row for row in compare_rules(seen, rules)}
+    assert rows["ste"]["angle"] == 0 and rows["ste"]["length"] == 1
+    assert rows["ste"]["spreading"] == spreading(seen.z, seen.codes, -seen.g)
+    assert rows["turn"]["length"] == pytest.approx(1)
+    sizes = (seen.q.norm(dim=1) / seen.z.norm(dim=1)).log().mean().exp()
+    assert rows["mirror"]["length"] == pytest.approx(float(sizes))
+    assert batch_shape(seen)["points"] == 200 / len(seen.codes.unique())
+
+
+def test_vectors_without_a_gradient_are_left_out():
+    seen = vectors()
+    half = seen._replace(g=seen.g * (torch.arange(200) % 2)[:, None])
+    part = Passage(*(x[1::2] for x in seen))
+    for rule in (straight_through, rotation()):
+        whole, alone = rule_effects(half, rule), rule_effects(part, rule)
+        assert [whole[x] for x in ("angle", "length")] == pytest.approx(
+            [alone[x] for x in ("angle", "length")]
+        )
+    nothing = rule_effects(seen._replace(g=0 * seen.g), rotation())
+    assert all(math.isnan(value) for value in nothing.values())
