@@ -406,7 +406,10 @@ def summary(name: str, scale: str) -> str:
     lines = [f"{name}, scale {scale}", f"{'method':34} trials live dead {'best':>10}  chosen"]
     far = _travelled(name, scale, best)
     lines += [_line(method, tried, best[method], far[method]) for method, tried in found.items()]
-    if not _first_round(name, scale):
+    if search := _first_round(name, scale):
+        tried = trials(*search)
+        lines += [x for method in found for x in _extensions(method, tried[method], best[method])]
+    else:
         lines += _gaps(found, best)
     users = [(user, tuned_by(user, scale).get(name)) for user in sweeps(scale)]
     asked = sorted({tuple(what) for _, what in users if isinstance(what, list)})
