@@ -401,6 +401,8 @@ def test_the_summary_shows_how_far_the_best_setting_goes_at_the_longest_length(p
     assert "b 4 4 0 1 nu 1.5, codebook_travel 150" in shown["search"]
     assert "c 1 - - 1" in shown["search"] and "map_travel" not in str(shown)
     assert any(line.endswith("nu 0.8, codebook_travel 80") for line in shown["again"])
+    ends = [line for line in shown["again"] if "end of its range" in line]
+    assert ends == ["b: nu 1.5 is at the end of its range; 2 to 20 is next:"]
 
 
 # ---- the search of Table 3 ----
