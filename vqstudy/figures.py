@@ -198,7 +198,7 @@ def shown_rows(names: Iterable[str], scale: str) -> pd.DataFrame:
         parts.append(rows.assign(note="; ".join(filter(None, notes))))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
-
+# %% ../nbs/lib/12b_figures.ipynb #5e8a0004
 def shared_length(rows: pd.DataFrame) -> int | None:
     "The longest length in updates that more than half of the methods have; None without lengths."
     wanted = rows["method"].nunique() / 2
