@@ -12,6 +12,7 @@ from functools import partial
 from .base import NoQuantizer, Quantized, Quantizer
 from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
+from .diversity import diversity
 from .estimators import Rule, directional_noise, noise_substitution, reflection, rotation
 from .estimators import synchronized
 from .gumbel import GumbelQuantizer
@@ -50,6 +51,10 @@ def _as_rule(make: Callable[..., Rule], **fixed) -> Callable[..., dict]:
 def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
     return {"rule": synchronized(nu), "alternate": True, "commit_encoder": commit_encoder}
 
+
+def _diversity(dim: int, **given) -> dict:
+    return {"penalty": diversity(given["diversity"], given["diversity_temperature"])}
+
 # %% ../nbs/lib/03_quantizers.ipynb #ee5e9746
 # the codebook and its upkeep
 _BOOK_OPTIONS = {
@@ -64,6 +69,8 @@ _BOOK_OPTIONS = {
                              lambda dim, **k: {"map": MovingAffine(dim, **k)}, {"momentum": 0.1, "of": "codebook"}),
     "alt": _Option("codebook and network learn in turn",
                    lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
+    "diversity": _Option("a loss rewards codes that are chosen alike", _diversity,
+                         {"diversity": 0.1, "diversity_temperature": 1.0}),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #2df62075
@@ -148,7 +155,7 @@ class _Base:
 
 
 _COMMON = ("channel_dim", "check_finite", "process_group")  # keywords of every quantizer
-_BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
+_BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt", "diversity")
 _PARTS = ("group", "residual", "multiscale")
 _TEMPERATURES = ("temperature", "final_temperature")
 _SIGNS = ("entropy", "temperature", "diversity", "commitment", "group", "eps")
@@ -160,7 +167,7 @@ _BASES = {
     "stochastic": _Base("codes drawn by distance, annealed", StochasticQuantizer,
                         ("init", "alpha", "beta", *_TEMPERATURES), _BOOK + _RULES + _PARTS),
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
-                   ("metric", "alpha", "beta"), ("l2", "alt") + _RULES + _PARTS),
+                   ("metric", "alpha", "beta"), ("l2", "alt", "diversity") + _RULES + _PARTS),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
                    ("init", "alpha", "beta", "epsilon", "iterations", "damping"), _BOOK + _RULES + _PARTS),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
@@ -263,7 +270,7 @@ _NAMED = (
     "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync", "vq + reflection",
     "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt",
     "vq + affine + opt + replace", "vq + affine + opt + replace + l2",
-    "vq + refit", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
+    "vq + refit", "vq + diversity", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
     "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq",
     "router", "router + tied", "router + switch", "fsq", "lfq", "bsq",
     "vq + group", "vq + residual", "vq + ema + residual", "vq + multiscale",
