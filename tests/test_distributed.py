@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
 from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
+from vqstudy.deferred import DeferredQuantizer
 from vqstudy.diversity import diversity
 from vqstudy.lattice import BSQ, FSQ, LFQ
 from vqstudy.measure import Monitor, gradient_gap
@@ -107,6 +108,8 @@ CASES = {
     "residual": case(ResidualQuantizer, levels=3, make=KEPT),
     "residual + shared": case(ResidualQuantizer, levels=3, shared=True, make=KEPT),
     "multiscale": case(MultiScaleQuantizer, data="maps", make=KEPT),
+    "deferred": case(DeferredQuantizer, steps=2, make=partial(KEPT, init="kmeans")),
+    "deferred group": case(DeferredQuantizer, steps=3, make=partial(recipe, "vq + ema + group")),
     "fsq": case(FSQ, codes=5**4, levels=[5] * 4),
     "lfq": case(LFQ, codes=16),
     "lfq in groups": case(LFQ, codes=16, group=2, temperature=1.0),
