@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
 from .estimators import Rule
+from .measure import rows_of
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440008
 class Passage(NamedTuple):
@@ -34,12 +35,6 @@ def _only_quantizer(model: nn.Module) -> Quantizer:
     if found[0].code_shape:
         raise ValueError(f"its quantizer must give one code a vector, got {found[0].code_shape}")
     return found[0]
-
-
-def _rows(x: Tensor, quantizer: Quantizer) -> Float[Tensor, "n d"]:
-    "Vectors of the quantizer's layout as rows."
-    flat = x.detach().movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim)
-    return flat.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/lib/04a_backward.ipynb #6b44000a
 def passage(
@@ -69,11 +64,11 @@ def passage(
         loss = loss_fn(model, x, y)
         ends = [out.z_q for _, out in seen]
         gradients = torch.autograd.grad(loss, ends)
-    z = torch.cat([_rows(z, quantizer) for z, _ in seen])
+    z = torch.cat([rows_of(quantizer, z) for z, _ in seen])
     compared = quantizer.prepare(z).detach()  # normalised or projected, as the quantizer does
     z = compared if compared.shape == z.shape else z
-    q = torch.cat([_rows(end, quantizer) for end in ends])
-    g = torch.cat([_rows(gradient, quantizer) for gradient in gradients])
+    q = torch.cat([rows_of(quantizer, end) for end in ends])
+    g = torch.cat([rows_of(quantizer, gradient) for gradient in gradients])
     return Passage(z, q, g, torch.cat([out.codes.reshape(-1) for _, out in seen]))
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440010

@@ -136,7 +136,7 @@ class GroupQuantizer(_Composed):
         num_codes: int,
         groups: int = 2,           # must divide dim
         make: Make | None = None,  # (width, num_codes) -> Quantizer; None: VectorQuantizer
-        shared: bool = False,      # one quantizer for all groups
+        shared: bool = False,      # one quantizer, and one state, for all groups, however many
         channel_dim: int = -1,
         check_finite: bool | None = None,
         process_group: Any = None,  # who trains together; None: as the parts say
@@ -264,7 +264,7 @@ class ResidualQuantizer(_OneRule):
         self,
         dim: int, num_codes: int, levels: int = 4,
         make: Make | None = None,  # (dim, num_codes) -> Quantizer; None: VectorQuantizer
-        shared: bool = False,      # one quantizer for all levels
+        shared: bool = False,      # one quantizer, and one state, for all levels, however many
         dropout: bool = False,     # decode each image from 1..levels levels in training
         channel_dim: int = -1, check_finite: bool | None = None, process_group: Any = None,
     ):
