@@ -9,7 +9,7 @@ from vqstudy.autoencoders import Autoencoder
 from vqstudy.backward import Passage, batch_shape, compare_rules, passage, rule_effects, spreading
 from vqstudy.bottleneck import quantized_task
 from vqstudy.estimators import reflection, rotation, straight_through
-from vqstudy.quantizers import recipe
+from vqstudy.quantizers import RouterQuantizer, recipe
 from vqstudy.train import reproducible
 
 SPECS = ["vq", "vq + l2", "vq + ema + replace", "vq + affine + opt", "vq + exact", "router", "fsq"]
@@ -48,6 +48,23 @@ def test_a_batch_leaves_what_the_model_has_at_its_quantizer(spec):
     assert torch.equal(seen.q, q.detach().movedim(1, -1).reshape(-1, 8))
     assert torch.equal(seen.g, wanted.movedim(1, -1).reshape(-1, 8))
     assert seen.z.shape == seen.q.shape
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_exact_gradient_is_that_of_the_decoder_on_z(spec):
+    model, x = model_of(spec), images()
+    seen = passage(model, quantized_task, x)
+    model.eval()
+    z = seen.z.view(4, 8, 8, 8).movedim(-1, 1).detach().requires_grad_()
+    [wanted] = torch.autograd.grad(model.decoder_loss(z, x, None), z)
+    assert torch.allclose(seen.exact, wanted.movedim(1, -1).reshape(-1, 8), rtol=1e-5, atol=1e-9)
+    assert not torch.equal(seen.exact, seen.g)
+
+
+def test_codes_of_another_width_have_no_exact_gradient():
+    quantizer = RouterQuantizer(4, 8, code_dim=6)
+    seen = passage(quantizer, lambda model, x, y: model(x).z_q.square().sum(), torch.randn(3, 4))
+    assert seen.exact is None and seen.g.shape == (3, 6)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -136,3 +153,15 @@ def test_vectors_without_a_gradient_are_left_out():
         )
     nothing = rule_effects(seen._replace(g=0 * seen.g), rotation())
     assert all(math.isnan(value) for value in nothing.values())
+
+
+def test_the_distance_from_the_exact_gradient_is_relative_to_it():
+    seen = vectors()
+    exact = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    seen = seen._replace(exact=exact)
+    found = rule_effects(seen, straight_through)
+    assert found["exact_distance"] == pytest.approx(float((seen.g - exact).norm() / exact.norm()))
+    degrees = torch.rad2deg(torch.cosine_similarity(seen.g, exact, dim=1).acos()).mean()
+    assert found["exact_angle"] == pytest.approx(float(degrees))
+    given = rule_effects(seen, lambda z, q, g: (exact, g))
+    assert given["exact_distance"] == 0 and given["exact_angle"] == pytest.approx(0)

@@ -24,6 +24,7 @@ class Passage(NamedTuple):
     q: Float[Tensor, "n d"]  # chosen code vectors
     g: Float[Tensor, "n d"]  # gradient of the task's loss at the decoder's input
     codes: Int64[Tensor, "n"]
+    exact: Float[Tensor, "n d"] | None = None  # g with z at the decoder's input; None: q is wider
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440009
 def _only_quantizer(model: nn.Module) -> Quantizer:
@@ -38,10 +39,48 @@ def _only_quantizer(model: nn.Module) -> Quantizer:
 
 def _rows(x: Tensor, quantizer: Quantizer) -> Float[Tensor, "n d"]:
     "Vectors of the quantizer's layout as rows."
-    flat = x.detach().movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim)
+    last = x.detach().movedim(quantizer.channel_dim, -1)
+    flat = last.reshape(-1, last.shape[-1])  # codes may be wider than z
     return flat.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/lib/04a_backward.ipynb #6b44000a
+class _Cut:
+    "A forward hook that lets the decoder begin with a leaf: q, or z as it is compared."
+
+    def __init__(self, quantizer: Quantizer, with_z: bool):
+        self.quantizer = quantizer
+        self.with_z = with_z
+        self.rows: list[tuple[Tensor, Int64[Tensor, "n"]]] = []  # z, codes
+        self.starts: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor], out: Quantized) -> Quantized:
+        z = _rows(inputs[0], self.quantizer)
+        compared = self.quantizer.prepare(z).detach()  # normalised or projected
+        z = compared if compared.shape == z.shape else z
+        start = out.z_q.detach()
+        if self.with_z:
+            channel = self.quantizer.channel_dim
+            start = z.view(start.movedim(channel, -1).shape).movedim(-1, channel).to(start.dtype)
+        self.starts.append(start.requires_grad_())
+        self.rows.append((z, out.codes.reshape(-1)))
+        return out._replace(z_q=self.starts[-1], loss=out.loss.detach())
+
+# %% ../nbs/lib/04a_backward.ipynb #6b440040
+def _gradients(
+    model: nn.Module,
+    cut: _Cut,
+    loss_fn: Callable[..., Float[Tensor, ""]],
+    x: Tensor,
+    y: Tensor | None,
+) -> Float[Tensor, "n d"]:
+    "Of the task's loss at the decoder's input."
+    handle = cut.quantizer.register_forward_hook(cut)
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(loss_fn(model, x, y), cut.starts)
+    handle.remove()
+    return torch.cat([_rows(slope, cut.quantizer) for slope in slopes])
+
+# %% ../nbs/lib/04a_backward.ipynb #6b440041
 def passage(
     model: nn.Module,
     loss_fn: Callable[..., Float[Tensor, ""]],  # (model, x, y): the task's loss alone
@@ -57,24 +96,14 @@ def passage(
     quantizer.process_group = "local"  # measuring on one process must not wait for others
     if isinstance(getattr(quantizer, "rule", None), str):  # it asks the decoder
         quantizer.attach(lambda v: model.decoder_loss(v, x, y))
-    seen: list[tuple[Tensor, Quantized]] = []
-
-    def cut(module: nn.Module, inputs: tuple[Tensor], out: Quantized) -> Quantized:
-        start = out._replace(z_q=out.z_q.detach().requires_grad_(), loss=out.loss.detach())
-        seen.append((inputs[0], start))
-        return start
-
-    quantizer.register_forward_hook(cut)
-    with torch.enable_grad():
-        loss = loss_fn(model, x, y)
-        ends = [out.z_q for _, out in seen]
-        gradients = torch.autograd.grad(loss, ends)
-    z = torch.cat([_rows(z, quantizer) for z, _ in seen])
-    compared = quantizer.prepare(z).detach()  # normalised or projected, as the quantizer does
-    z = compared if compared.shape == z.shape else z
-    q = torch.cat([_rows(end, quantizer) for end in ends])
-    g = torch.cat([_rows(gradient, quantizer) for gradient in gradients])
-    return Passage(z, q, g, torch.cat([out.codes.reshape(-1) for _, out in seen]))
+    at_q = _Cut(quantizer, with_z=False)
+    g = _gradients(model, at_q, loss_fn, x, y)
+    z, codes = (torch.cat(parts) for parts in zip(*at_q.rows))
+    q = torch.cat([_rows(start, quantizer) for start in at_q.starts])
+    exact = None
+    if q.shape == z.shape:
+        exact = _gradients(model, _Cut(quantizer, with_z=True), loss_fn, x, y)
+    return Passage(z, q, g, codes, exact)
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440010
 def _about_means(v: Float[Tensor, "n d"], codes: Int64[Tensor, "n"]) -> Float[Tensor, "n d"]:
@@ -108,18 +137,22 @@ def _mean(values: Float[Tensor, "n"]) -> float:
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440016
 def rule_effects(seen: Passage, rule: Rule) -> dict[str, float]:
-    """What a rule makes of the gradient g of a batch: `angle`, `length`, `spreading`.
+    """What a rule makes of the gradient g of a batch, against g and against the exact gradient.
 
     angle: mean, in degrees, from g. length: geometric mean over g's. spreading: of a step against
-    the gradient.
+    the gradient. exact_angle, exact_distance: from the exact gradient, the second relative to it;
+    NaN where the passage has none.
     """
     z, q, g = (part.double() for part in (seen.z, seen.q, seen.g))
     given, _ = rule(z, q, g)
     lengths = (given.norm(dim=1) / g.norm(dim=1)).log()
+    exact = torch.full_like(g, math.nan) if seen.exact is None else seen.exact.double()
     return {
         "angle": _mean(_angles(given, g)),
         "length": math.exp(_mean(lengths)),
         "spreading": spreading(z, seen.codes, -given),
+        "exact_angle": _mean(_angles(given, exact)),
+        "exact_distance": float((given - exact).norm() / exact.norm()),
     }
 
 
