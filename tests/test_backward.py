@@ -145,7 +145,7 @@ def test_each_rule_has_a_row_of_what_its_formula_says():
 def test_vectors_without_a_gradient_are_left_out():
     seen = vectors()
     half = seen._replace(g=seen.g * (torch.arange(200) % 2)[:, None])
-    part = Passage(*(x[1::2] for x in seen))
+    part = Passage(*(x[1::2] for x in seen[:4]))
     for rule in (straight_through, rotation()):
         whole, alone = rule_effects(half, rule), rule_effects(part, rule)
         assert [whole[x] for x in ("angle", "length")] == pytest.approx(
