@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from vqstudy.autoencoders import Autoencoder
-from vqstudy.backward import Passage, batch_shape, compare_rules, passage, rule_effects, spreading
+from vqstudy.backward import Passage, RuleMonitor, batch_shape, compare_rules, decoder_rules
+from vqstudy.backward import passage, rule_effects, spreading
 from vqstudy.bottleneck import quantized_task
 from vqstudy.estimators import reflection, rotation, straight_through
 from vqstudy.quantizers import RouterQuantizer, recipe
@@ -165,3 +166,50 @@ def test_the_distance_from_the_exact_gradient_is_relative_to_it():
     assert found["exact_angle"] == pytest.approx(float(degrees))
     given = rule_effects(seen, lambda z, q, g: (exact, g))
     assert given["exact_distance"] == 0 and given["exact_angle"] == pytest.approx(0)
+
+
+# ---- over a training ----
+
+
+@pytest.mark.parametrize("spec", ["vq", "vq + l2", "vq + exact", "router"])
+def test_the_exact_rule_is_at_no_distance_from_the_exact_gradient(spec):
+    model, x = model_of(spec), images()
+    rules = decoder_rules(model, x)
+    effects = {r: rule_effects(passage(model, quantized_task, x), rules[r]) for r in rules}
+    assert effects["exact"]["exact_distance"] < 1e-4
+    assert effects["hessian"]["exact_distance"] > 1e-4
+
+
+def test_the_second_order_rule_is_a_directional_derivative_of_the_gradient():
+    model, x = model_of("vq"), images()
+    seen = passage(model, quantized_task, x)
+    given, _ = decoder_rules(model, x)["hessian"](*seen[:3])
+    model.double().eval()
+
+    def slope(rows):
+        v = rows.view(4, 8, 8, 8).movedim(-1, 1).detach().requires_grad_()
+        [g] = torch.autograd.grad(model.decoder_loss(v, x.double(), None), v)
+        return g.movedim(1, -1).reshape(-1, 8)
+
+    z, q, eps = seen.z.double(), seen.q.double(), 1e-6
+    rate = (slope(q + eps * (z - q)) - slope(q - eps * (z - q))) / (2 * eps)
+    assert torch.allclose(given.double(), slope(q) + rate, rtol=1e-3, atol=1e-7)
+
+
+def test_a_monitor_says_of_each_rule_what_is_so_and_moves_nothing():
+    model, x = model_of("vq + ema"), images()
+    before = copy.deepcopy(model.state_dict())
+    watch = RuleMonitor(quantized_task, x, {"turn": rotation()}, at=lambda step: step == 3)
+    assert watch(model, 2) is None
+    row, seconds = watch(model, 3)
+    wanted = rule_effects(passage(model, quantized_task, x), rotation())
+    assert {name: row[f"{name}:turn"] for name in wanted} == wanted
+    assert row["angle"] == batch_shape(passage(model, quantized_task, x))["angle"]
+    assert {name.partition(":")[2] for name in row if ":" in name} == {"turn", "hessian", "exact"}
+    assert list(seconds) == ["rules"] and model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_a_monitor_without_rules_is_refused():
+    with pytest.raises(ValueError, match="rules must name at least one"):
+        RuleMonitor(quantized_task, images(), {})
