@@ -50,7 +50,7 @@ def _mapping(table: Any, allowed: dict[str, tuple[type, ...]], where: str) -> di
         typed(f"{where}: {key}", value, allowed[key], types)
     return {key: table.get(key, kinds[0]()) for key, kinds in allowed.items()}
 
-
+# %% ../nbs/lib/09c_grids.ipynb #5d1c80fe
 @functools.cache
 def _loaded(text: str) -> Any:
     "What YAML says. Raises YAMLError."
