@@ -88,29 +88,36 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
     return declared
 
 # %% ../nbs/lib/10a_cells.ipynb #7e148bb9
+def _checked(stem: str, declared: dict[str, Parameter], given: dict[str, Any]) -> dict[str, Any]:
+    "`check` with what the notebook declares."
+    place = declared.get("out")  # of the record
+    if place is None or place.type is not str:
+        raise ValueError(f'{stem}: the parameters cell needs `out: str = ""`')
+    known = {name: parameter for name, parameter in declared.items() if name != "out"}
+    unknown = ", ".join(repr(name) for name in given if name not in known)
+    if unknown:
+        raise ValueError(f"{stem}: unknown parameter {unknown}; known: {', '.join(known)}")
+    return {name: convert(name, given.get(name, p.default), p.type) for name, p in known.items()}
+
+
 def check(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a notebook but `out`, with `given` in the place of defaults.
 
     Raises ValueError for an unknown name, TypeError for a wrong type.
     """
-    declared = parameters(notebook)
-    stem = Path(notebook).stem
-    place = declared.pop("out", None)  # of the record
-    if place is None or place.type is not str:
-        raise ValueError(f'{stem}: the parameters cell needs `out: str = ""`')
-    unknown = ", ".join(repr(name) for name in given if name not in declared)
-    if unknown:
-        raise ValueError(f"{stem}: unknown parameter {unknown}; known: {', '.join(declared)}")
-    return {name: convert(name, given.get(name, p.default), p.type) for name, p in declared.items()}
+    return _checked(Path(notebook).stem, parameters(notebook), given)
 
 # %% ../nbs/lib/10a_cells.ipynb #9a3e7552
 DEFAULTS = "data/results/defaults.json"
+# made once: json.dumps makes one at each call, and a plan has 100 values a cell
+_encoder = json.JSONEncoder(
+    separators=(",", ":"), sort_keys=True, ensure_ascii=False, allow_nan=False
+)
 
 
 def canonical(value: Any) -> str:
     "A value as JSON that depends on nothing but the value: 1, 1.0 and True differ."
-    options = dict(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return json.dumps(value, sort_keys=True, **options)
+    return _encoder.encode(value)
 
 
 def neutral(notebook: str | Path) -> dict[str, Any]:
@@ -272,10 +279,11 @@ def _cell(
     base: Cell,                        # what is known of it but for what its parameters decide
     given: dict[str, Any],
     needed: dict[str, list[Cell]],
-    unset: dict[str, Any],             # the neutral values of the notebook
+    declared: dict[str, Parameter],    # by the notebook
+    unset: dict[str, Any],             # its neutral values
 ) -> Cell:
     "A cell of a sweep, with the cells whose weights it takes. Raises what `plan` does."
-    whole = check(base.notebook, given)
+    whole = _checked(base.notebook, declared, given)
     parents = {}
     for need, cells in needed.items():
         if need in given:
@@ -283,7 +291,7 @@ def _cell(
         parents[need] = _parent(need, whole, cells)
     if parents:
         names = {need: parent.id for need, parent in parents.items()}
-        whole = check(base.notebook, given | names)
+        whole = _checked(base.notebook, declared, given | names)
     code = combined(base.fingerprint, {need: p.fingerprint for need, p in parents.items()})
     waits = base.waits or "".join([p.waits for p in parents.values()][:1])
     # its id is of no run that could ever be
@@ -310,10 +318,10 @@ def plan(name: str, scale: str, above: tuple[str, ...] = ()) -> list[Cell]:
         stem = table["notebook"]
         keeps = table["weights"] == "keep"
         base = Cell("", stem, {}, name, scale, fingerprint(stem), table["metric"], keeps)
-        unset = neutral(stem)
+        declared, unset = parameters(stem), neutral(stem)
         cells = []
         for given, mine in _decided(base, settings):
-            cells.append(_cell(mine, given | mine.tuned, needed, unset))
+            cells.append(_cell(mine, given | mine.tuned, needed, declared, unset))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}: {error}") from None
     if len({cell.id for cell in cells}) < len(cells):

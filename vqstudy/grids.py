@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'SWEEP_KEYS', 'SCALE_KEYS', 'PROTOCOL_KEYS', 'sweep', 'sweeps', 'at_scale', 'crossed']
 
 # %% ../nbs/lib/09c_grids.ipynb #f2cd9589
-import itertools
+import copy, functools, itertools
 from pathlib import Path
 from typing import Any
 from .checks import one_of, typed
@@ -50,13 +50,22 @@ def _mapping(table: Any, allowed: dict[str, tuple[type, ...]], where: str) -> di
         typed(f"{where}: {key}", value, allowed[key], types)
     return {key: table.get(key, kinds[0]()) for key, kinds in allowed.items()}
 
+# %% ../nbs/lib/09c_grids.ipynb #5d1c80fe
+@functools.cache
+def _loaded(text: str) -> Any:
+    "What YAML says. Raises YAMLError."
+    import yaml
+
+    return yaml.safe_load(text)
+
 
 def _read_yaml(path: Path) -> Any:
     "What a YAML file holds. Raises ValueError."
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        # parsed once, as a plan reads its sweeps many times; a copy, as a reader may change it
+        return copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
 

@@ -323,7 +323,8 @@ class Passed(NamedTuple):
 
 def rows_of(quantizer: Quantizer, x: Float[Tensor, "..."]) -> Float[Tensor, "n d"]:
     "Vectors of the quantizer's layout as rows, in float32 or wider, without a gradient."
-    flat = x.detach().movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim)
+    last = x.detach().movedim(quantizer.channel_dim, -1)
+    flat = last.reshape(-1, last.shape[-1])  # codes may be wider than z
     return flat.to(torch.promote_types(x.dtype, torch.float32))
 
 
