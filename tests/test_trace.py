@@ -25,6 +25,7 @@ CLAIMS = tomllib.loads((ROOT / "data/claims.toml").read_text())["claim"]
 
 # What a figure notebook states of its document, its set-up or its time, and nobody measured here.
 QUOTED = {
+    "fifty_tab01_vqvae": {32, 8192, 0.8},
     "huh_a02_ema_is_commitment": {15},
     "huh_a10_bounds": {15},
     "huh_fig06_gradient_gap": {90},

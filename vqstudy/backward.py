@@ -26,7 +26,7 @@ class Passage(NamedTuple):
     q: Float[Tensor, "n d"]  # chosen code vectors
     g: Float[Tensor, "n d"]  # gradient of the task's loss at the decoder's input
     codes: Int64[Tensor, "n"]
-    exact: Float[Tensor, "n d"] | None = None  # g with z at the decoder's input; None: q is wider
+    exact: Float[Tensor, "n d"] | None = None  # g with z in q's place; None: other widths
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440009
 def _lies_in(name: str, whole: str) -> bool:
