@@ -53,13 +53,17 @@ def shapes_of(spec: str) -> tuple:
     return ROWS
 
 
-AROUND = ("groups", "levels", "shared", "dropout")  # keywords of what is made of several quantizers
+# keywords of what is made of other quantizers
+AROUND = ("groups", "levels", "shared", "dropout", "deferred_steps")
 
 
 def table(spec: str, shapes: tuple | None = None, **given) -> Oracle:
     "A recipe of the quantizers with a table of code vectors, alone or several of them."
     names = words(spec)
     one = partial(vector, words=names, **{k: v for k, v in given.items() if k not in AROUND})
+    if "deferred" in names:
+        naive = partial(composed.deferred, inner=one)
+        return of_recipe(spec, naive, shapes_of(spec), True, **given)
     if "group" in names:
         naive = partial(composed.group, inner=one, groups=given.get("groups", 2))
         return of_recipe(spec, naive, EVEN, perturbed(names), **given)
@@ -112,6 +116,7 @@ TABLES = [
     "vq + affine + opt + replace",
     "vq + affine + opt + replace + l2",
     "vq + refit",
+    "vq + diversity",
     "vq + exact",
     "vq + hessian",
     "vq + nsvq",
@@ -123,6 +128,7 @@ TABLES = [
     "vq + residual",
     "vq + ema + residual",
     "vq + multiscale",
+    "vq + deferred",
 ]
 VARIANTS = [  # further settings of them; life_span 1: codes come back to life within the tested step
     ("vq", dict(alpha=5.0, beta=0.9)),
@@ -152,6 +158,21 @@ VARIANTS = [  # further settings of them; life_span 1: codes come back to life w
     ("vq + affine + sync + alt + replace + l2", dict(life_span=1)),
     ("vq + exact + l2", {}),
     ("vq + hessian + l2", {}),
+    ("vq + diversity", dict(diversity=2.0, diversity_temperature=0.3)),
+    ("vq + diversity + l2", dict(diversity=1.0)),
+    ("vq + ema + diversity", {}),
+    ("vq + rotation + replace + diversity", dict(life_span=1)),
+    ("vq + affine + opt + diversity", dict(diversity=0.5)),
+    ("stochastic + diversity", dict(temperature=0.2)),
+    ("simvq + diversity", dict(diversity=0.5)),
+    ("optvq + diversity", {}),
+    ("vq + diversity + group", {}),
+    ("vq + diversity + residual", dict(levels=3)),
+    ("vq + deferred", dict(deferred_steps=1, init="normal")),
+    ("vq + deferred", dict(deferred_steps=1)),
+    ("vq + rotation + ema + replace + deferred", dict(deferred_steps=1)),
+    ("vq + l2 + diversity + deferred", dict(deferred_steps=1, init="normal")),
+    ("simvq + deferred", dict(deferred_steps=1)),
     ("vq + nsvq", dict(alpha=1.0)),
     ("vq + diveq + l2", dict(variance=0.1)),
     ("stochastic", dict(temperature=0.2)),
@@ -202,6 +223,14 @@ ORACLES = {
     ),
     "none": of_recipe("none", none),
     "gumbel": of_recipe("gumbel", categorical.gumbel, kl=0.3),
+    "router + deferred": of_recipe(
+        "router + deferred", partial(composed.deferred, inner=categorical.router), soft=True,
+        deferred_steps=1,
+    ),
+    "fsq + deferred": of_recipe(
+        "fsq + deferred", partial(composed.deferred, inner=lattice.fsq), POWERS, True,
+        deferred_steps=1,
+    ),
     "gumbel + reinmax": of_recipe("gumbel + reinmax", categorical.gumbel, kl=0.3),
     "gumbel + residual": of_recipe(
         "gumbel + residual", partial(composed.chain, inner=categorical.gumbel, levels=2), levels=2

@@ -53,6 +53,15 @@ def residual(quantizer, z, p, words, levels=4, dropout=False, **keywords):
     return out, torch.stack(codes, 1), sum(losses) / levels + extra
 
 
+def deferred(quantizer, z, p, inner):
+    "z with its gradient, no loss and the codes, and after so many steps what `inner` makes of z."
+    own = {name.removeprefix("inner."): leaf for name, leaf in p.items()}
+    value, codes, loss = inner(quantizer.inner, z, own)
+    if quantizer.taken < quantizer.steps:
+        return z, codes, torch.zeros((), dtype=z.dtype)
+    return value, codes, loss
+
+
 def chain(quantizer, z, p, inner, levels=4):
     "Levels with gradients of their own: the chain rule through what each leaves."
     left, q, codes, losses = z, 0, [], []

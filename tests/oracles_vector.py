@@ -153,6 +153,15 @@ def passed(quantizer, x, q, words, nu=0.2, variance=1e-3, **keywords):
     return value, (extra * (x - x.detach())).sum()
 
 
+def uneven(x, c, diversity=0.1, diversity_temperature=1.0, **_):
+    "Weight times minus the entropy of the mean soft choice of codes."
+    square = distances(x, c)
+    # a batch of which each vector lies on its code
+    m = square.min(1).values.mean().detach().clamp_min(1e-300)
+    mean = (-square / (diversity_temperature * m)).softmax(1).mean(0)
+    return diversity * torch.xlogy(mean, mean).sum()
+
+
 def coded(quantizer, x, p, words, alpha=None, beta=0.8, commit_encoder=True, **keywords):
     "The chosen code vectors of prepared x, their codes, and the loss (Huh et al. 2023, Eq. 8-9)."
     c = used(quantizer, x.detach(), p, words, **keywords)
@@ -164,6 +173,8 @@ def coded(quantizer, x, p, words, alpha=None, beta=0.8, commit_encoder=True, **k
     loss = alpha * encoders_share * (x - q.detach()).pow(2).mean()
     if not (alternate or "ema" in words):
         loss = loss + alpha * beta * (q - x.detach()).pow(2).mean()
+    if "diversity" in words:
+        loss = loss + uneven(x, c, **keywords)
     return q, codes, loss
 
 

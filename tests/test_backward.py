@@ -13,7 +13,8 @@ from vqstudy.estimators import reflection, rotation, straight_through
 from vqstudy.quantizers import RouterQuantizer, recipe
 from vqstudy.train import reproducible
 
-SPECS = ["vq", "vq + l2", "vq + ema + replace", "vq + affine + opt", "vq + exact", "router", "fsq"]
+SPECS = ["vq", "vq + l2", "vq + ema + replace", "vq + affine + opt", "vq + exact"]
+SPECS += ["vq + deferred", "router", "fsq"]
 
 
 def model_of(spec):

@@ -237,3 +237,14 @@ def test_vector_quantize_pytorch_multiplies_the_gradient_by_the_levels(levels):
     b = a.detach().clone().requires_grad_()
     ours.train()(b).z_q.backward(g)
     assert torch.allclose(a.grad, levels * g, atol=1e-5) and torch.allclose(b.grad, g, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind,word", [(GroupQuantizer, "groups"), (ResidualQuantizer, "levels")])
+def test_the_state_of_a_shared_part_fits_any_number_of_them(kind, word):
+    "It is that of one quantizer; a state of parts of their own is refused elsewhere."
+    four, two = (kind(2 * n if kind is GroupQuantizer else 2, 8, n, shared=True) for n in (4, 2))
+    two.load_state_dict(four.state_dict(), strict=True)
+    assert torch.equal(two.codebook, four.codebook)
+    four, two = (kind(2 * n if kind is GroupQuantizer else 2, 8, n) for n in (4, 2))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        two.load_state_dict(four.state_dict(), strict=True)

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from processes import in_processes, share
 from vqstudy.codebook import Affine, MovingAffine
 from vqstudy.composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
+from vqstudy.deferred import DeferredQuantizer
+from vqstudy.diversity import diversity
 from vqstudy.lattice import BSQ, FSQ, LFQ
 from vqstudy.measure import Monitor, gradient_gap
 from vqstudy.quantizers import keywords, recipe, recipes
@@ -90,6 +92,8 @@ CASES = {
     ),
     "l2 + ema": case(VectorQuantizer, "plain", l2=True, decay=0.9),
     "l2 + ema + replace": case(VectorQuantizer, "l2 + ema", l2=True, decay=0.9, life_span=2),
+    "diversity": case(VectorQuantizer, penalty=diversity(1.0, 0.5)),
+    "ema + diversity": case(VectorQuantizer, decay=0.9, penalty=diversity(1.0)),
     "refit": case(VectorQuantizer, "plain", refit=2),
     "refit + ema": case(VectorQuantizer, "ema", refit=2, decay=0.9),
     "refit + affine + replace": case(learned_affine, "affine + replace", refit=3, life_span=2),
@@ -104,6 +108,8 @@ CASES = {
     "residual": case(ResidualQuantizer, levels=3, make=KEPT),
     "residual + shared": case(ResidualQuantizer, levels=3, shared=True, make=KEPT),
     "multiscale": case(MultiScaleQuantizer, data="maps", make=KEPT),
+    "deferred": case(DeferredQuantizer, steps=2, make=partial(KEPT, init="kmeans")),
+    "deferred group": case(DeferredQuantizer, steps=3, make=partial(recipe, "vq + ema + group")),
     "fsq": case(FSQ, codes=5**4, levels=[5] * 4),
     "lfq": case(LFQ, codes=16),
     "lfq in groups": case(LFQ, codes=16, group=2, temperature=1.0),

@@ -30,6 +30,7 @@ NOT_ONE_GRAPH = {
     "vq + refit": "k-means is no graph (said by VectorQuantizer)",
     "vq + exact": "runs the decoder inside backward (said by VectorQuantizer)",
     "vq + hessian": "runs the decoder inside backward (said by VectorQuantizer)",
+    "vq + deferred": "counts steps outside the graph (said by DeferredQuantizer)",
 }
 every = pytest.mark.parametrize("name", [*recipes(), *BUILT])
 

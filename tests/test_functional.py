@@ -186,9 +186,9 @@ def test_perplexity_and_usage_lie_where_they_must(drawn):
     assert 1 / k <= usage(counts) <= min(1, len(codes) / k) + 1e-12
 
 
-# lfq and bsq reward diversity, and sq's posterior entropy counts against its loss: these may be
-# negative. exact and hessian have vq's loss.
-OTHERS = {"lfq", "bsq", "sq", "exact", "hessian"}
+# lfq, bsq and the option reward diversity, and sq's posterior entropy counts against its loss:
+# these may be negative. exact and hessian have vq's loss.
+OTHERS = {"lfq", "bsq", "diversity", "sq", "exact", "hessian"}
 NEVER_NEGATIVE = [spec for spec in recipes() if not OTHERS & set(spec.split(" + "))]
 
 

@@ -18,6 +18,7 @@ from vqstudy.train import Loop, OutOfTime, fit
 LENGTHS = (5, 10, 20)  # which leave the trunk at 4, 8 and 16, in the middle of an epoch of 3
 STEPS = 16 + 1 + 2 + 4
 OPTIONS = {"replace": {"life_span": 2}, "refit": {"refit": 3}, "ema": {"decay": 0.7}}
+OPTIONS |= {"deferred": {"deferred_steps": 9}}  # in the branch to 10, which leaves the trunk at 8
 ANNEALED = [spec for spec in recipes() if is_annealed(recipe(spec, 8, 32))]
 
 
@@ -96,6 +97,9 @@ METHODS = [
     ("vq + ema", {"init": "kmeans"}),
     ("vq + ema + replace", {}),
     ("vq + refit", {}),
+    ("vq + deferred", {}),
+    ("vq + deferred", {"autocast": "float16", "clip": 1.0}),
+    ("vq + ema + replace + deferred", {}),
     ("vq + ema + refit", {}),
     ("vq + moving-affine + replace", {}),
     ("vq + affine + opt + replace + l2", {}),

@@ -70,6 +70,7 @@ CASES = {
     "drawn codes": Case(lambda: vectors(K, D), drawn, 160),
     "vq": Case(lambda: recipe("vq + ema + replace", D, K), two_steps, 100),
     "vq by its loss": Case(lambda: recipe("vq + rotation + l2", D, K), step, 130),
+    "vq, diversity": Case(lambda: recipe("vq + diversity", D, K), step, 150),
     "stochastic": Case(lambda: recipe("stochastic", D, K), step, 150),
     "router": Case(lambda: RouterQuantizer(D, K, bias=True), step, 120),
     "router, tied": Case(lambda: RouterQuantizer(D, K, tied=True), step, 120),

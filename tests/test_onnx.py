@@ -43,7 +43,7 @@ ON_MAPS = ("none", "vq", "vq + multiscale")
 # options that change training alone
 TRAINING = {
     "ema", "replace", "refit", "rotation", "reflection", "sync", "exact", "hessian", "nsvq",
-    "diveq", "alt", "opt", "reinmax", "switch",
+    "diveq", "alt", "opt", "diversity", "deferred", "reinmax", "switch",
 }
 IN_TRAINING = [name for name in recipes() if set(name.split(" + ")[1:]) & TRAINING]
 OTHERS = [name for name in recipes() if name not in (*ON_MAPS, *IN_TRAINING)] + list(ROWS)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracles import MAPS, ORACLES, attached, errors, settings, task
 from torch._dynamo.testing import CompileCounterWithBackend
+from vqstudy.deferred import DeferredQuantizer
 from vqstudy.quantizers import NoQuantizer, VectorQuantizer, keywords, recipe, recipes
 from vqstudy.upkeep import Replacement
 
@@ -245,6 +246,9 @@ def test_autocast_decides_in_float32(name):
 
 @names
 def test_compiles_without_a_break(name):
+    if "deferred" in name:
+        assert "a break in each pass before the switch" in DeferredQuantizer.__doc__
+        pytest.skip("the docstring says why not; test_deferred compiles both sides of the switch")
     if outside := [option for option in NOT_A_GRAPH if option in name]:
         promised = VectorQuantizer.__doc__.split("Compiles with fullgraph=True")[1]
         assert NOT_A_GRAPH[outside[0]] in promised

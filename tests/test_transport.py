@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import in_processes
 from scipy.optimize import linear_sum_assignment, linprog
+from torch.func import functional_call, grad, stack_module_state, vmap
 from vqstudy.lattice import entropies
 from vqstudy.search import nearest
 from vqstudy.transport import OptVQ, sinkhorn, sinkhorn_codes
@@ -285,3 +286,29 @@ def test_several_processes_are_one_on_the_joined_batch(tmp_path):
         # one size, as DistributedDataParallel does, it is the joint one
         joint = torch.cat([own * size / 15 for own, size in zip(grads, sizes)])
         assert torch.allclose(joint, grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_vmap_equals_a_loop(n):
+    "An ensemble in training: the codes, and the gradients to z and to the codebooks."
+    torch.manual_seed(0)
+    parts = [OptVQ(4, 8, check_finite=False).double() for _ in range(3)]
+    parameters, buffers = stack_module_state(parts)
+    z = torch.randn(3, n, 4, dtype=torch.float64)
+
+    def outputs(p, b, z):
+        return functional_call(parts[0], (p, b), (z,))
+
+    def loss(p, b, z):
+        result = outputs(p, b, z)
+        return result.z_q.pow(2).sum() + result.loss
+
+    codes = vmap(outputs)(parameters, buffers, z).codes
+    to_parameters, to_z = vmap(grad(loss, (0, 2)))(parameters, buffers, z)
+    for i, part in enumerate(parts):
+        leaf = z[i].clone().requires_grad_()
+        result = part(leaf)
+        (result.z_q.pow(2).sum() + result.loss).backward()
+        assert torch.equal(codes[i], result.codes)
+        assert torch.allclose(to_z[i], leaf.grad, atol=1e-12)
+        assert torch.allclose(to_parameters["book.weight"][i], part.book.weight.grad, atol=1e-12)

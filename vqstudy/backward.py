@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from .base import Quantized, Quantizer
 from .estimators import Rule, exact, hessian
+from .measure import rows_of
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440008
 class Passage(NamedTuple):
@@ -28,21 +29,22 @@ class Passage(NamedTuple):
     exact: Float[Tensor, "n d"] | None = None  # g with z in q's place; None: other widths
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440009
+def _lies_in(name: str, whole: str) -> bool:
+    "Whether a module's name is that of a part of another."
+    return not whole or name.startswith(f"{whole}.")
+
+
 def _only_quantizer(model: nn.Module) -> Quantizer:
-    "The quantizer of a model. Raises ValueError unless there is one, of one code a vector."
-    found = [module for module in model.modules() if isinstance(module, Quantizer)]
+    "The quantizer of a model, whole. Raises ValueError unless there is one, of one code a vector."
+    named = {name: part for name, part in model.named_modules() if isinstance(part, Quantizer)}
+    # not those that another one is made of
+    parts = [n for n in named for whole in named if n != whole and _lies_in(n, whole)]
+    found = [quantizer for name, quantizer in named.items() if name not in parts]
     if len(found) != 1:
         raise ValueError(f"model must contain one quantizer, got {len(found)}")
     if found[0].code_shape:
         raise ValueError(f"its quantizer must give one code a vector, got {found[0].code_shape}")
     return found[0]
-
-
-def _rows(x: Tensor, quantizer: Quantizer) -> Float[Tensor, "n d"]:
-    "Vectors of the quantizer's layout as rows."
-    last = x.detach().movedim(quantizer.channel_dim, -1)
-    flat = last.reshape(-1, last.shape[-1])  # codes may be wider than z
-    return flat.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/lib/04a_backward.ipynb #6b44000a
 class _Cut:
@@ -55,7 +57,7 @@ class _Cut:
         self.starts: list[Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor], out: Quantized) -> Quantized:
-        z = _rows(inputs[0], self.quantizer)
+        z = rows_of(self.quantizer, inputs[0])
         compared = self.quantizer.prepare(z).detach()  # normalised or projected
         z = compared if compared.shape == z.shape else z
         start = out.z_q.detach()
@@ -79,7 +81,7 @@ def _gradients(
     with torch.enable_grad():
         slopes = torch.autograd.grad(loss_fn(model, x, y), cut.starts)
     handle.remove()
-    return torch.cat([_rows(slope, cut.quantizer) for slope in slopes])
+    return torch.cat([rows_of(cut.quantizer, slope) for slope in slopes])
 
 # %% ../nbs/lib/04a_backward.ipynb #6b440041
 def passage(
@@ -100,7 +102,7 @@ def passage(
     at_q = _Cut(quantizer, with_z=False)
     g = _gradients(model, at_q, loss_fn, x, y)
     z, codes = (torch.cat(parts) for parts in zip(*at_q.rows))
-    q = torch.cat([_rows(start, quantizer) for start in at_q.starts])
+    q = torch.cat([rows_of(quantizer, start) for start in at_q.starts])
     at_z = None
     if q.shape == z.shape:
         at_z = _gradients(model, _Cut(quantizer, with_z=True), loss_fn, x, y)

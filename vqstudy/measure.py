@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIVERGENCES', 'code_counts', 'usage', 'perplexity', 'Meter', 'divergence', 'GradientGap', 'gradient_gap', 'early',
-           'Passed', 'Stopwatch', 'Monitor']
+           'Passed', 'rows_of', 'Stopwatch', 'Monitor']
 
 # %% ../nbs/lib/04_measure.ipynb #0ea27e33
 import copy
@@ -321,15 +321,17 @@ class Passed(NamedTuple):
     codes: Int64[Tensor, "n ..."]  # (n, *code_shape)
 
 
+def rows_of(quantizer: Quantizer, x: Float[Tensor, "..."]) -> Float[Tensor, "n d"]:
+    "Vectors of the quantizer's layout as rows, in float32 or wider, without a gradient."
+    last = x.detach().movedim(quantizer.channel_dim, -1)
+    flat = last.reshape(-1, last.shape[-1])  # codes may be wider than z
+    return flat.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _gather(quantizer: Quantizer, calls: list[tuple[Tensor, Quantized]]) -> Passed:
     "The inputs and outputs of a quantizer's calls, as rows."
-
-    def rows(x: Tensor) -> Float[Tensor, "n d"]:
-        flat = x.detach().movedim(quantizer.channel_dim, -1).reshape(-1, quantizer.dim)
-        return flat.to(torch.promote_types(x.dtype, torch.float32))
-
-    z = torch.cat([rows(z) for z, _ in calls])
-    q = torch.cat([rows(quantized.z_q) for _, quantized in calls])
+    z = torch.cat([rows_of(quantizer, z) for z, _ in calls])
+    q = torch.cat([rows_of(quantizer, quantized.z_q) for _, quantized in calls])
     codes = [quantized.codes.reshape(-1, *quantizer.code_shape) for _, quantized in calls]
     compared = quantizer.prepare(z)  # normalised or projected, as the quantizer does
     return Passed(compared if compared.shape == q.shape else z, q, torch.cat(codes))

@@ -12,6 +12,8 @@ from functools import partial
 from .base import NoQuantizer, Quantized, Quantizer
 from .codebook import Affine, MovingAffine
 from .composed import GroupQuantizer, MultiScaleQuantizer, ResidualQuantizer
+from .deferred import DeferredQuantizer
+from .diversity import diversity
 from .estimators import Rule, directional_noise, noise_substitution, reflection, rotation
 from .estimators import synchronized
 from .gumbel import GumbelQuantizer
@@ -50,6 +52,10 @@ def _as_rule(make: Callable[..., Rule], **fixed) -> Callable[..., dict]:
 def _opt(dim: int, nu: float, commit_encoder: bool) -> dict:
     return {"rule": synchronized(nu), "alternate": True, "commit_encoder": commit_encoder}
 
+
+def _diversity(dim: int, **given) -> dict:
+    return {"penalty": diversity(given["diversity"], given["diversity_temperature"])}
+
 # %% ../nbs/lib/03_quantizers.ipynb #ee5e9746
 # the codebook and its upkeep
 _BOOK_OPTIONS = {
@@ -64,6 +70,8 @@ _BOOK_OPTIONS = {
                              lambda dim, **k: {"map": MovingAffine(dim, **k)}, {"momentum": 0.1, "of": "codebook"}),
     "alt": _Option("codebook and network learn in turn",
                    lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
+    "diversity": _Option("a loss rewards codes that are chosen alike", _diversity,
+                         {"diversity": 0.1, "diversity_temperature": 1.0}),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #2df62075
@@ -105,6 +113,8 @@ _OPTIONS = _BOOK_OPTIONS | _RULE_OPTIONS | {
     "residual": _Option("several levels, each of what the levels before it left", _as_given,
                         {"levels": 4, "shared": False, "dropout": False}),
     "multiscale": _Option("two levels, one of half the height and width", _as_given),
+    # of all the rest of the recipe
+    "deferred": _Option("z passes at first; then codes begin from the data", _as_given, {"deferred_steps": 200}),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #2bab1057
@@ -136,6 +146,10 @@ _EXCLUSIVE = [  # a recipe has at most one of each set
     {"group", "hessian"},
     {"multiscale", "exact"},
     {"multiscale", "hessian"},
+    {"deferred", "alt"},
+    {"deferred", "opt"},
+    {"deferred", "exact"},
+    {"deferred", "hessian"},
 ]
 
 # %% ../nbs/lib/03_quantizers.ipynb #40c54293
@@ -148,8 +162,8 @@ class _Base:
 
 
 _COMMON = ("channel_dim", "check_finite", "process_group")  # keywords of every quantizer
-_BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt")
-_PARTS = ("group", "residual", "multiscale")
+_BOOK = ("l2", "ema", "replace", "refit", "affine", "moving-affine", "alt", "diversity")
+_PARTS = ("group", "residual", "multiscale", "deferred")
 _TEMPERATURES = ("temperature", "final_temperature")
 _SIGNS = ("entropy", "temperature", "diversity", "commitment", "group", "eps")
 _ENTROPY = ("entropy", "entropy_temperature", "entropy_eps")
@@ -160,7 +174,7 @@ _BASES = {
     "stochastic": _Base("codes drawn by distance, annealed", StochasticQuantizer,
                         ("init", "alpha", "beta", *_TEMPERATURES), _BOOK + _RULES + _PARTS),
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
-                   ("metric", "alpha", "beta"), ("l2", "alt") + _RULES + _PARTS),
+                   ("metric", "alpha", "beta"), ("l2", "alt", "diversity") + _RULES + _PARTS),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
                    ("init", "alpha", "beta", "epsilon", "iterations", "damping"), _BOOK + _RULES + _PARTS),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
@@ -169,10 +183,10 @@ _BASES = {
                 ("variant", "weight", *_TEMPERATURES)),
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
                     ("bias", "init_scale", "double_loss", *_ENTROPY), ("tied", "switch", *_PARTS)),
-    "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation",)),
-    "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation",)),
+    "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation", "deferred")),
+    "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation", "deferred")),
     "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, (*_SIGNS, "scale_gradient"),
-                 ("rotation",)),
+                 ("rotation", "deferred")),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #04d2a425
@@ -223,13 +237,37 @@ def _built(option: str, dim: int, given: dict) -> dict:
 def _one(
     base: str, options: list[str], given: dict, dim: int, num_codes: int, **common
 ) -> Quantizer:
-    "The quantizer of a recipe without group, residual and multiscale."
+    "The quantizer of a recipe without group, residual, multiscale and deferred."
     arguments = {}
     for option in options:
         arguments |= _built(option, dim, given)
     # last, so that alpha can be given where nsvq sets it to 0
     arguments |= _taken(_BASES[base].keywords, given)
     return _BASES[base].make(dim, num_codes, **arguments, **common)
+
+
+def _acting(
+    base: str, options: list[str], given: dict, dim: int, num_codes: int, **common
+) -> Quantizer:
+    "The quantizer of a recipe without deferred."
+    inside = [option for option in options if option not in _AROUND]
+    around = [option for option in options if option in _AROUND]
+    if not around:
+        return _one(base, inside, given, dim, num_codes, **common)
+    make = partial(_one, base, inside, given)
+    kind, arguments = _AROUND[around[0]], _built(around[0], dim, given)
+    return kind(dim, num_codes, make=make, **arguments, **common)
+
+
+def _deferred(
+    base: str, options: list[str], given: dict, dim: int, num_codes: int, **common
+) -> Quantizer:
+    "The quantizer of a recipe with deferred: unless told otherwise, it begins by k-means."
+    steps = _built("deferred", dim, given)["deferred_steps"]
+    begins = {"init": "kmeans"} if "init" in _BASES[base].keywords else {}
+    rest = [option for option in options if option != "deferred"]
+    make = partial(_acting, base, rest, begins | given)
+    return DeferredQuantizer(dim, num_codes, steps, make, **common)
 
 # %% ../nbs/lib/03_quantizers.ipynb #625d504f
 def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
@@ -249,13 +287,8 @@ def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
         if name not in known:
             raise ValueError(f"{name} is no keyword of recipe {spec!r}; known: {', '.join(known)}")
     common = _taken(_COMMON, given)
-    inside = [option for option in options if option not in _AROUND]
-    around = [option for option in options if option in _AROUND]
-    if not around:
-        return _one(base, inside, given, dim, num_codes, **common)
-    make = partial(_one, base, inside, given)
-    kind, arguments = _AROUND[around[0]], _built(around[0], dim, given)
-    return kind(dim, num_codes, make=make, **arguments, **common)
+    build = _deferred if "deferred" in options else _acting
+    return build(base, options, given, dim, num_codes, **common)
 
 # %% ../nbs/lib/03_quantizers.ipynb #bed01eb1
 _NAMED = (
@@ -263,10 +296,10 @@ _NAMED = (
     "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync", "vq + reflection",
     "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt",
     "vq + affine + opt + replace", "vq + affine + opt + replace + l2",
-    "vq + refit", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
+    "vq + refit", "vq + diversity", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
     "stochastic", "simvq", "optvq", "gumbel", "gumbel + reinmax", "sq",
     "router", "router + tied", "router + switch", "fsq", "lfq", "bsq",
-    "vq + group", "vq + residual", "vq + ema + residual", "vq + multiscale",
+    "vq + group", "vq + residual", "vq + ema + residual", "vq + multiscale", "vq + deferred",
 )
 
 

@@ -106,8 +106,10 @@ def joined(z: Float[Tensor, "n d"], among: Processes | None = None) -> Float[Ten
 
 # %% ../nbs/lib/01a_ranks.ipynb #8569d660
 def finite_rows(z: Float[Tensor, "n d"]) -> Bool[Tensor, "n"] | None:
-    "Which vectors are finite; None on the CPU in eager mode if all are."
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    "Which vectors are finite; None on the CPU in eager mode, outside torch.func, if all are."
+    eager = z.device.type == "cpu" and not torch.compiler.is_compiling()
+    # vmap has no one answer for all
+    if eager and not torch._C._functorch.is_functorch_wrapped_tensor(z):
         low, high = z.aminmax()  # NaN reaches both
         if low.isfinite() and high.isfinite():
             return None

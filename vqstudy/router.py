@@ -42,7 +42,7 @@ def _like_gradient(x, keys, bias, *_):
 
 @operator(
     "(Tensor x, Tensor keys, Tensor? bias, Tensor lse, Tensor s, Tensor? g, Tensor? values,"
-    " Tensor? slope) -> (Tensor, Tensor, Tensor)",
+    " Tensor? slope, float own) -> (Tensor, Tensor, Tensor)",
     _like_gradient,
     vmap=lambda info, dims, *args: one_by_one(_router_gradient, info, dims, args),
 )
@@ -54,7 +54,8 @@ def _router_gradient(
     s: Float[Tensor, "n 1"],                # what is subtracted from v
     g: Float[Tensor, "n e"] | None,         # with `values`: v = g values^T
     values: Float[Tensor, "k e"] | None,
-    slope: Float[Tensor, "k"] | None,       # without g: v = slope - log p; without both 0
+    slope: Float[Tensor, "k"] | None,       # without g: v = slope - own log p; without both 0
+    own: float,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "k d"], Float[Tensor, "k"]]:
     "dL/dx, dL/dkeys and dL/dbias of dL/dlogits = p (v - s)."
     dx, dbias = torch.zeros_like(x), x.new_zeros(len(keys))
@@ -65,7 +66,7 @@ def _router_gradient(
         if g is not None:
             v = torch.mm(g[rows], values[cols].T, out=other)
         elif slope is not None:
-            v = torch.sub(slope[cols], log_p, out=other)
+            v = torch.sub(slope[cols], log_p, alpha=own, out=other)
         else:
             v = other.zero_()
         dlogits = v.sub_(s[rows]).mul_(log_p.exp_())  # dL/dlogits of the tile
@@ -81,8 +82,8 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.vmap maps both passes as they are written here
 
     @staticmethod
-    def forward(x, keys, bias, lse, s, g, values, slope):
-        return _router_gradient(x, keys, bias, lse, s, g, values, slope)
+    def forward(x, keys, bias, lse, s, g, values, slope, own):
+        return _router_gradient(x, keys, bias, lse, s, g, values, slope, own)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -115,10 +116,10 @@ class _Routed(torch.autograd.Function):
         g = g.contiguous()
         if ctx.gate == "dense":
             s = (g * mixture).sum(1, keepdim=True)
-            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, g, codebook, None)
+            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, g, codebook, None, 1.0)
         else:
             s = (g * F.embedding(codes, codebook)).sum(1, keepdim=True)
-            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, None, None, None)
+            dx, dkeys, dbias = _Once.apply(x, keys, bias, lse, s, None, None, None, 1.0)
             # the chosen code's logit gets s itself, too (the table's second row)
             dx = dx + s * F.embedding(codes, keys)
             dkeys = dkeys.index_add(0, codes, s * x)
@@ -176,7 +177,7 @@ class _EntropyTerm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, keys, bias, among, eps):
+    def forward(x, keys, bias, among, eps, own):
         lse = scan_logits(x, keys, bias, None, True)[1]
         mean, entropy = _softmax_means(x, keys, bias, lse)
         mean = joint_mean(mean, x.shape[0], among)
@@ -184,10 +185,11 @@ class _EntropyTerm(torch.autograd.Function):
         log_mean = shifted.log()
         # the derivative of mean log(mean + eps), less 1, which no softmax sees
         slope = log_mean - eps / shifted
-        return entropy.mean() + (mean * log_mean).sum(), lse, entropy, slope
+        return own * entropy.mean() + (mean * log_mean).sum(), lse, entropy, slope
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.own = inputs[5]
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
@@ -195,10 +197,10 @@ class _EntropyTerm(torch.autograd.Function):
     def backward(ctx, g, *_):
         x, keys, bias, lse, entropy, slope = ctx.saved_tensors
         # the mixture of `scan_logits` with the slope as values is sum_i p_i slope_i
-        s = scan_logits(x, keys, bias, slope[:, None], True)[2] + entropy
-        grads = _Once.apply(x, keys, bias, lse, s, None, None, slope)
+        s = scan_logits(x, keys, bias, slope[:, None], True)[2] + ctx.own * entropy
+        grads = _Once.apply(x, keys, bias, lse, s, None, None, slope, ctx.own)
         dx, dkeys, dbias = (g / len(x) * grad for grad in grads)
-        return dx, dkeys, None if bias is None else dbias, None, None
+        return dx, dkeys, None if bias is None else dbias, None, None, None
 
 # %% ../nbs/lib/02h_router.ipynb #8a7dd26b
 def entropy_term(
@@ -208,15 +210,16 @@ def entropy_term(
     temperature: float = 1.0,
     among: Processes | None = ALONE,
     eps: float = 0.0,
+    own: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Mean of the rows' entropies minus the entropy of the mean row, in nats.
+    """`own` times the mean of the rows' entropies, minus the entropy of the mean row, in nats.
 
-    The rows are softmax((x keys^T + bias) / temperature).
+    The rows are softmax((x keys^T + bias) / temperature). Differentiable once.
     among: the processes whose mean row it is; None: all.
     eps: added inside the logarithm of the mean row; IBQ's public code has 1e-5.
     """
     bias = None if bias is None else bias / temperature
-    return _EntropyTerm.apply(x / temperature, keys, bias, among, eps)[0]
+    return _EntropyTerm.apply(x / temperature, keys, bias, among, eps, own)[0]
 
 # %% ../nbs/lib/02h_router.ipynb #353eaead
 class RouterTable(TableQuantizer):

@@ -18,6 +18,10 @@ from .base import Freezable, Quantizer
 from .refusals import Losses, check_losses
 from .settings import Settings, alternating, asking, optimizers, rate_factor
 
+# %% ../nbs/lib/07e_steps.ipynb #5c1e7a00
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
 # %% ../nbs/lib/07e_steps.ipynb #818480ac
 class Updates:
     "The optimisers of a model, each step at its learning rate."
@@ -40,6 +44,8 @@ class Updates:
         groups = [group for optimizer in chosen for group in optimizer.param_groups]
         for group in groups:
             group["lr"] = group["base_lr"] * factor
+        # a scaler refuses an optimiser without a gradient, such as that of a codebook that waits
+        chosen = [optimizer for optimizer in chosen if _has_gradients(optimizer)]
         if self.s.clip is not None and "network" in names:
             for optimizer in chosen:
                 self.scaler.unscale_(optimizer)  # or the norm would be that of the scaled gradient

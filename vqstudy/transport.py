@@ -99,7 +99,7 @@ def sinkhorn_codes(
     codebook: Float[Tensor, "k d"],
     epsilon: float = 0.1,
     iterations: int = 5,
-    check_finite: bool | None = None,  # as `check_vectors` takes it, of x
+    check_finite: bool | None = None,  # as `check_vectors` takes it; False under vmap
     damping: float = 0.0,              # added to each sum of the plan; the authors' code has 1e-8
     among: Processes | None = ALONE,   # whose batches are sent together; None: all processes'
 ) -> Int64[Tensor, "n"]:
@@ -113,7 +113,7 @@ def sinkhorn_codes(
     number("epsilon", epsilon, above=0)
     number("damping", damping, least=0)
     whole("iterations", iterations)
-    check_vectors("codebook", codebook)
+    check_vectors("codebook", codebook, check_finite=check_finite)
     check_vectors("x", x, codebook.shape[-1], check_finite)
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
