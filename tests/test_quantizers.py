@@ -279,7 +279,9 @@ def test_compiles_without_a_break(name):
         (loss, codes, grad), (their_loss, their_codes, their_grad) = seen
         assert torch.equal(codes, their_codes) and torch.allclose(loss, their_loss)
         assert torch.allclose(grad, their_grad, atol=1e-5)
-    assert graphs.frame_count == 1  # annealing makes no new graph
+    # annealing makes no new graph; a shared level does, once: its first pass marks it (`Stepping`)
+    marked = "residual" in name and "shared=True" in name
+    assert graphs.frame_count == 1 + marked
     grads = [[p.grad for p in quantizer.parameters()] for quantizer in (eager, compiled)]
     assert all_alike(*grads, atol=1e-4)
     assert all_alike(state(eager).values(), state(compiled).values(), atol=1e-6)
