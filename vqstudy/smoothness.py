@@ -57,12 +57,13 @@ class Smoothness(NamedTuple):
 def _others(
     near: Int64[Tensor, "k"], now: Int64[Tensor, "b"], generator: torch.Generator
 ) -> tuple[Int64[Tensor, "b"], ...]:
-    "Of codes in use the nearest other one, one drawn, the nearest by a codebook permuted anew."
-    k = len(near)
+    "Of codes in use the nearest other one, one drawn, the nearest by a permuted codebook each."
+    k, rows = len(near), torch.arange(len(now))
     drawn = (now + torch.randint(1, k, now.shape, generator=generator)) % k
-    # in the permuted codebook code i has vector order[i]
-    order = torch.randperm(k, generator=generator)
-    return near[now], drawn, order.argsort()[near[order]][now]
+    # in a picture's permuted codebook code i has vector order[i]
+    order = torch.rand(len(now), k, generator=generator).argsort(1)
+    wanted = near[order[rows, now]]
+    return near[now], drawn, (order == wanted[:, None]).int().argmax(1)
 
 # %% ../nbs/lib/04b_smoothness.ipynb #7c190112
 @torch.no_grad()
