@@ -82,7 +82,6 @@ TO_COME = {
     "fifty_tab02_05": {"paradigm"},
     "vqvae_posterior_collapse": {"decoder", "model"},
     "vqvae_prior_samples": {"prior"},
-    "kalomaze_flow_decoder": {"conditioned"},
 }
 RECONSTRUCT = cells.parameters("reconstruct")
 
