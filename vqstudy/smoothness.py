@@ -57,13 +57,12 @@ class Smoothness(NamedTuple):
 def _others(
     near: Int64[Tensor, "k"], now: Int64[Tensor, "b"], generator: torch.Generator
 ) -> tuple[Int64[Tensor, "b"], ...]:
-    "Of codes in use the nearest other one, one drawn, the nearest by a permuted codebook each."
-    k, rows = len(near), torch.arange(len(now))
+    "Of codes in use the nearest other one, one drawn, the nearest by a permuted codebook."
+    k = len(near)
     drawn = (now + torch.randint(1, k, now.shape, generator=generator)) % k
-    # in a picture's permuted codebook code i has vector order[i]
-    order = torch.rand(len(now), k, generator=generator).argsort(1)
-    wanted = near[order[rows, now]]
-    return near[now], drawn, (order == wanted[:, None]).int().argmax(1)
+    # in the permuted codebook code i has vector order[i], and vector order[i] is code i's
+    order = torch.randperm(k, generator=generator)
+    return near[now], drawn, order.argsort()[near[order[now]]]
 
 # %% ../nbs/lib/04b_smoothness.ipynb #7c190112
 @torch.no_grad()
