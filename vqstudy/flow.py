@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 # %% ../nbs/lib/06e_flow.ipynb #b0843388
 def time_features(t: Float[Tensor, "b"], count: int) -> Float[Tensor, "b count"]:
-    "Cosines and sines of t at `count` / 2 frequencies: 1,000 radians per unit of t, down towards .1."
+    "Cosines and sines of t, at 1,000 radians per unit of t down towards .1; `count` in all."
     exponents = torch.arange(count // 2, device=t.device) / (count // 2)
     phases = t.float()[:, None] * 1000 * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([phases.cos(), phases.sin()], 1)
