@@ -1,15 +1,17 @@
-"""A decoder that draws by flow matching: its loss, solvers and codes, and a resumed training."""
+"""A decoder that samples by flow matching: loss, solvers, codes, sweeps, a resumed training."""
 
 import time
 import types
 from functools import partial
 import pytest
 import torch
+import torch.nn.functional as F
+from vqstudy import cells
 from vqstudy.autoencoders import Autoencoder
 from vqstudy.checkpoint import reproducible
-from vqstudy.flow import KINDS, SOLVERS, FlowDecoder, UNet, decode, decoder_loss, flow_loss
+from vqstudy.flow import KINDS, SOLVERS, Block, FlowDecoder, UNet, decode, decoder_loss, flow_loss
 from vqstudy.flow import integrate, latents_of, noised
-from vqstudy.flow_scores import decoder_scores
+from vqstudy.flow_scores import decoder_scores, image_noise, noise_losses, steps_from
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
 from vqstudy.train import OutOfTime, fit
@@ -101,6 +103,47 @@ def test_noise_and_time_of_the_loss():
     torch.testing.assert_close(seen[0][0][1], 0.75 * x[1] + 0.25 * eps[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_draws_times_and_then_noise(kind):
+    "Of images in -1..1."
+    model = decoder(kind, tokenizer())
+    x, latents = images(4).float() / 255, torch.randn(4, DIM, 8, 8)
+    torch.manual_seed(7)
+    found = model.task_loss(x, latents)
+    torch.manual_seed(7)
+    t, eps = torch.rand(4), torch.randn(x.shape)
+    if kind == "deterministic":
+        wanted = F.mse_loss(model.net(0 * x, 0 * t, latents), 2 * x - 1)
+    else:
+        seen = 0 * latents if kind == "unconditioned" else latents
+        wanted = flow_loss(model.net, 2 * x - 1, seen, t, eps)
+    assert torch.equal(found, wanted)
+
+
+def test_a_table_of_codes_is_for_all_but_end_to_end():
+    book, x = tokenizer(), images(4)
+    table = latents_of(book, x)
+    for kind in KINDS:
+        wrong = table if kind == "end-to-end" else None
+        with pytest.raises(ValueError, match=f"table must be given .* '{kind}'"):
+            decoder_loss(decoder(kind, book), x.float() / 255, torch.arange(4), wrong)
+
+
+def test_losses_are_taken_at_their_times():
+    "A network that says x_t errs by (2 - t) x + (t - 1) eps."
+    x, book = images(6), tokenizer()
+    model, table = decoder("flow", book), latents_of(book, x)
+    model.forward = lambda y, t, latents: y
+    found = noise_losses(model, table, x, [1.0, 0.75, 0.3, 0.0])
+    real, eps = 2 * (x.double() / 255) - 1, image_noise(range(6), 0, x.shape[1:]).double()
+    spread = ((torch.arange(6) + 0.5) / 6).view(-1, 1, 1, 1)
+    times = {"velocity_loss": spread, "loss_at_1": 1.0, "loss_at_0.75": 0.75, "loss_at_0.3": 0.3}
+    assert found.keys() == times.keys()
+    for name, t in times.items():
+        wanted = float(((2 - t) * real + (t - 1) * eps).square().mean())
+        assert found[name] == pytest.approx(wanted, rel=1e-5), name
+
+
 # ---- the solvers ----
 
 
@@ -130,6 +173,29 @@ def test_order_on_a_gaussian(solver, order):
         assert 0.85 * 2**order < coarse / fine < 1.15 * 2**order
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start", [1.0, 0.7, 0.3])
+def test_along_the_known_velocity_the_image_comes_back(solver, start):
+    x = images(3).float() / 255
+    eps, latents = torch.randn(x.shape), torch.randn(3, DIM, 8, 8)
+    model = decoder("flow", tokenizer())
+    model.forward = lambda y, t, given: eps - (2 * x - 1)
+    steps = steps_from(10, start)
+    torch.testing.assert_close(decode(model, latents, eps, steps, solver, start, x), x)
+    if start == 1:
+        torch.testing.assert_close(decode(model, latents, eps, steps, solver), x)
+    else:
+        with pytest.raises(ValueError, match="start must be 1 where there are no images"):
+            decode(model, latents, eps, steps, solver, start)
+
+
+def test_steps_from_a_level_are_no_longer_than_those_from_noise():
+    for steps in (1, 4, 20, 50):
+        for level in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
+            count = steps_from(steps, level)
+            assert 1 <= count <= steps and level / count <= 1 / steps + 1e-12
+
+
 # ---- the network ----
 
 
@@ -149,12 +215,16 @@ def test_what_each_kind_looks_at():
     t = torch.tensor([0.3, 0.9])
     for kind in KINDS:
         model = decoder(kind, book)
+        for block in (m for m in model.modules() if isinstance(m, Block)):
+            torch.nn.init.normal_(block.second.weight, std=0.1)  # it begins without a say
         out = model(x, t, latents)
         sees = dict(
             image=not torch.equal(model(other, t, latents), out),
             codes=not torch.equal(model(x, t, others), out),
+            time=not torch.equal(model(x, t / 2, latents), out),
         )
-        wanted = dict(image=kind != "deterministic", codes=kind != "unconditioned")
+        is_flow = kind != "deterministic"
+        wanted = dict(image=is_flow, codes=kind != "unconditioned", time=is_flow)
         assert sees == wanted, kind
 
 
@@ -198,13 +268,15 @@ def test_permuted_codes_give_other_pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     whole, _ = train(kind)
-    path = tmp_path / "checkpoint.pt"
+    path, interruptions = tmp_path / "checkpoint.pt", 0
     for _ in range(20):
         try:
             parts, _ = train(kind, path=path, deadline=time.time() - 1)
             break
         except OutOfTime:
             assert path.is_file()
+            interruptions += 1
+    assert interruptions >= 3
     states = whole.model.state_dict(), parts.model.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
     losses = ([row["task_loss"] for row in fitted.history] for fitted in (whole, parts))
@@ -223,3 +295,27 @@ def test_scores_of_each_kind(kind):
     wanted = {"velocity_loss", "loss_at_1", "loss_at_0.5"}
     wanted |= {"mse_from_1", "mse_from_0.5", "mse_from_0"}
     assert has == (set() if kind == "deterministic" else wanted)
+
+
+# ---- the sweeps ----
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_other_widths_stand_on_the_router_s_own_cells_at_gpu_alone(width):
+    codes, decoders = f"kalomaze_flow_codes_{width}", f"kalomaze_flow_decoder_{width}"
+    router = {cell.id for cell in cells.plan("kalomaze_router", "gpu")}
+    planned = cells.plan(codes, "gpu")
+    assert {cell.parameters["code_dim"] for cell in planned} == {width}
+    assert {cell.id for cell in planned} <= router
+    parents = {cell.parents["tokenizer"].id for cell in cells.plan(decoders, "gpu")}
+    assert parents == {cell.id for cell in planned}
+    assert all(cells.sweep(name)["scales"].keys() == {"gpu"} for name in (codes, decoders))
+
+
+def test_the_searches_for_rates_differ_in_their_kind_alone():
+    "And in the metric; their seed is none that is reported."
+    searches = ("kalomaze_flow_rate", "kalomaze_flow_deterministic_rate")
+    flow, once = ([c.parameters | {"kind": ""} for c in cells.plan(n, "desk")] for n in searches)
+    assert flow == once and all(setting["validation"] for setting in flow)
+    reported = {cell.parameters["seed"] for cell in cells.plan("kalomaze_flow_decoder", "desk")}
+    assert not reported & {setting["seed"] for setting in flow}
