@@ -221,7 +221,7 @@ def test_large_claims_are_not_decided_by_small_runs():
         if "65,536" in claim.text:
             assert "toy" not in claim.scales
             assert "desk" not in claim.scales or set(codes_at_desk(claim)) == {65_536}, claim.id
-        if claim.figure == "kalomaze_router" and "desk" in claim.scales:
+        if claim.figure == "kalomaze_router_map" and "desk" in claim.scales:
             assert claim.ours and "1,024" in claim.text, claim.id
         if claim.sweep.startswith("fifty_tab02"):
             assert "desk" not in claim.scales
