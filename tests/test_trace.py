@@ -33,7 +33,7 @@ QUOTED = {
     "huh_tab03_reconstruction": {90, 16384, 96},
     "kalomaze_fig_router_toy": {256},
     "kalomaze_router": {64, 256, 65_536},
-    "kalomaze_flow_decoder": {65536},
+    "kalomaze_flow_decoder": {65536, 1000, 600},
     "ledger": {256},
 }
 # The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
