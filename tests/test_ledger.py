@@ -34,7 +34,8 @@ huh_fig11_maskgit_samples huh_fig05_warmup huh_fig06_gradient_gap huh_fig07_acti
 huh_a05_p_active huh_fig08_initialisation huh_fig09_early_collapse huh_fig10_affine_toy
 huh_tab10_alternation huh_a02_ema_is_commitment huh_a10_bounds huh_ablations huh_errata
 fifty_fig_gradient_field fifty_fig_himmelblau fifty_tab01_vqvae fifty_tab02_05_paradigms
-fifty_fig_ablations fifty_fig_gradients kalomaze_router kalomaze_fig_router_toy
+fifty_fig_ablations fifty_fig_gradients kalomaze_router kalomaze_router_map
+kalomaze_fig_router_toy
 kalomaze_flow_decoder vqvae_collapse_remedies vqvae_posterior_collapse vqvae_prior_samples
 bench_search bench_router bench_overhead
 """.split()
@@ -221,7 +222,7 @@ def test_large_claims_are_not_decided_by_small_runs():
         if "65,536" in claim.text:
             assert "toy" not in claim.scales
             assert "desk" not in claim.scales or set(codes_at_desk(claim)) == {65_536}, claim.id
-        if claim.figure == "kalomaze_router" and "desk" in claim.scales:
+        if claim.figure == "kalomaze_router_map" and "desk" in claim.scales:
             assert claim.ours and "1,024" in claim.text, claim.id
         if claim.sweep.startswith("fifty_tab02"):
             assert "desk" not in claim.scales

@@ -32,8 +32,8 @@ QUOTED = {
     "huh_fig09_early_collapse": {0.98, 224, 1024, 196},
     "huh_tab03_reconstruction": {90, 16384, 96},
     "kalomaze_fig_router_toy": {256},
-    "kalomaze_router": {64, 256, 65_536},
-    "kalomaze_flow_decoder": {65536},
+    "kalomaze_router": {64, 256, 1024, 65_536},
+    "kalomaze_flow_decoder": {65536, 1000, 600},
     "ledger": {256},
 }
 # The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
