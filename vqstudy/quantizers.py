@@ -67,7 +67,8 @@ _BOOK_OPTIONS = {
     "affine": _Option("one learned affine map of all codes", _affine,
                       {"affine_lr": 1.0, "affine_groups": 1, "max_norm": None}),
     "moving-affine": _Option("an affine map that follows the moments of z",
-                             lambda dim, **k: {"map": MovingAffine(dim, **k)}, {"momentum": 0.1, "of": "codebook"}),
+                             lambda dim, **k: {"map": MovingAffine(dim, **k)},
+                             {"momentum": 0.1, "of": "codebook"}),
     "alt": _Option("codebook and network learn in turn",
                    lambda dim, **k: {"alternate": True, **k}, {"commit_encoder": True}),
     "diversity": _Option("a loss rewards codes that are chosen alike", _diversity,
@@ -86,19 +87,24 @@ _RULE_OPTIONS = {
                                   _as_rule(rotation, project=True)),
     "reflection": _Option("the gradient is reflected and scaled",
                           _as_rule(reflection), {"scale": "norm", "project": False}),
-    "reflection-unit": _Option("the gradient is reflected alone", _as_rule(reflection, scale="unit")),
-    "reflection-distance": _Option("the gradient is reflected, and scaled by the distance to the code",
-                                   _as_rule(reflection, scale="distance")),
-    "reflection-projected": _Option("the gradient is reflected and scaled, without its part along z",
-                                    _as_rule(reflection, project=True)),
+    "reflection-unit": _Option("the gradient is reflected alone",
+                               _as_rule(reflection, scale="unit")),
+    "reflection-distance": _Option(
+        "the gradient is reflected, and scaled by the distance to the code",
+        _as_rule(reflection, scale="distance")),
+    "reflection-projected": _Option(
+        "the gradient is reflected and scaled, without its part along z",
+        _as_rule(reflection, project=True)),
     "sync": _Option("the chosen codes get a share of the task's gradient",
                     lambda dim, **k: {"rule": synchronized(**k)}, {"nu": 0.2}),
-    "exact": _Option("the task's gradient at z, by a second decoder pass", lambda dim: {"rule": "exact"}),
+    "exact": _Option("the task's gradient at z, by a second decoder pass",
+                     lambda dim: {"rule": "exact"}),
     "hessian": _Option("the task's gradient at z to second order", lambda dim: {"rule": "hessian"}),
     "nsvq": _Option("training replaces the error by noise of its length",
                     lambda dim: {"perturb": noise_substitution, "alpha": 0.0}),
     "diveq": _Option("training adds a little noise to the error's direction",
-                     lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0}, {"variance": 1e-3}),
+                     lambda dim, **k: {"perturb": directional_noise(**k), "alpha": 0.0},
+                     {"variance": 1e-3}),
     "opt": _Option("sync and alt together", _opt, {"nu": 0.2, "commit_encoder": True}),
 }
 
@@ -106,15 +112,18 @@ _RULE_OPTIONS = {
 _OPTIONS = _BOOK_OPTIONS | _RULE_OPTIONS | {
     # of one quantizer alone
     "tied": _Option("the router's matrix is the codebook", lambda dim: {"tied": True}),
-    "switch": _Option("gradient through the chosen probability alone", lambda dim: {"gate": "switch"}),
+    "switch": _Option("gradient through the chosen probability alone",
+                      lambda dim: {"gate": "switch"}),
     "reinmax": _Option("the second-order estimator", lambda dim: {"estimator": "reinmax"}),
     # several of what the rest of the recipe names
-    "group": _Option("the width in equal groups, a codebook for each", _as_given, {"groups": 2, "shared": False}),
+    "group": _Option("the width in equal groups, a codebook for each", _as_given,
+                     {"groups": 2, "shared": False}),
     "residual": _Option("several levels, each of what the levels before it left", _as_given,
                         {"levels": 4, "shared": False, "dropout": False}),
     "multiscale": _Option("two levels, one of half the height and width", _as_given),
     # of all the rest of the recipe
-    "deferred": _Option("z passes at first; then codes begin from the data", _as_given, {"deferred_steps": 200}),
+    "deferred": _Option("z passes at first; then codes begin from the data", _as_given,
+                        {"deferred_steps": 200}),
 }
 
 # %% ../nbs/lib/03_quantizers.ipynb #2bab1057
@@ -176,7 +185,8 @@ _BASES = {
     "simvq": _Base("a linear map of a frozen table (SimVQ)", SimVQ,
                    ("metric", "alpha", "beta"), ("l2", "alt", "diversity") + _RULES + _PARTS),
     "optvq": _Base("codes from a transport plan in training (OptVQ)", OptVQ,
-                   ("init", "alpha", "beta", "epsilon", "iterations", "damping"), _BOOK + _RULES + _PARTS),
+                   ("init", "alpha", "beta", "epsilon", "iterations", "damping"),
+                   _BOOK + _RULES + _PARTS),
     "gumbel": _Base("Gumbel-softmax sample of predicted logits", GumbelQuantizer,
                     ("kl", "hard", *_TEMPERATURES), ("reinmax", *_PARTS)),
     "sq": _Base("self-annealed stochastic quantization (SQ-VAE)", SQQuantizer,
@@ -184,7 +194,8 @@ _BASES = {
     "router": _Base("top-1 router, dense softmax gradient", RouterQuantizer,
                     ("bias", "init_scale", "double_loss", *_ENTROPY), ("tied", "switch", *_PARTS)),
     "fsq": _Base("rounding to a lattice (FSQ)", FSQ, ("levels",), ("rotation", "deferred")),
-    "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS, ("rotation", "deferred")),
+    "lfq": _Base("signs of the coordinates, entropy loss (LFQ)", LFQ, _SIGNS,
+                 ("rotation", "deferred")),
     "bsq": _Base("signs on the unit sphere, entropy loss (BSQ)", BSQ, (*_SIGNS, "scale_gradient"),
                  ("rotation", "deferred")),
 }
@@ -293,7 +304,8 @@ def recipe(spec: str, dim: int, num_codes: int, **given) -> Quantizer:
 # %% ../nbs/lib/03_quantizers.ipynb #bed01eb1
 _NAMED = (
     "none", "vq", "vq + l2", "vq + replace", "vq + l2 + replace", "vq + ema", "vq + ema + replace",
-    "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync", "vq + reflection",
+    "vq + rotation", "vq + rotation + ema", "vq + rotation + ema + replace", "vq + sync",
+    "vq + reflection",
     "vq + affine", "vq + moving-affine", "vq + alt", "vq + opt", "vq + affine + opt",
     "vq + affine + opt + replace", "vq + affine + opt + replace + l2",
     "vq + refit", "vq + diversity", "vq + exact", "vq + hessian", "vq + nsvq", "vq + diveq",
