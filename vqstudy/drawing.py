@@ -99,7 +99,9 @@ def _redraw(path: Path) -> bool:
     book = nbformat.read(path, 4)
     where = {"metadata": {"path": str(root())}}
     try:
-        client = NotebookClient(book, timeout=None, kernel_name="python3", resources=where)
+        # what is printed in one go may arrive in two parts: they are one output
+        how = {"kernel_name": "python3", "coalesce_streams": True}
+        client = NotebookClient(book, timeout=None, resources=where, **how)
         client.execute()
     except Exception as error:
         print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
