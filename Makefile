@@ -127,7 +127,7 @@ dry-run: $(READY)  ## list the cells: what is here, what is in the results, what
 	$(BIN)python -m vqstudy.study plan --scale $(SCALE) --sweep "$(SWEEP)" $(if $(MISSING),--missing)
 
 sweep: MISSING = 1
-sweep: $(READY)  ## run one sweep from a worktree of a commit of its own, beside which you can edit: make sweep SWEEP=huh_tab03 SCALE=desk COMMIT=1 (rows are committed as they come), FRESH=1 (begin again)
+sweep: $(READY)  ## run a sweep, or "several sweeps" of which one takes another's weights, from a worktree of a commit of their own, beside which you can edit: make sweep SWEEP=huh_tab03 SCALE=desk COMMIT=1 (rows are committed as they come), FRESH=1 (begin again)
 	$(BIN)python -m vqstudy.study sweep --scale $(if $(filter smoke,$(SCALE)),desk,$(SCALE)) --sweep "$(SWEEP)" $(if $(FRESH),--fresh) $(if $(COMMIT),--commit) -- \
 	  $(subst scale=smoke,scale=desk,$(ENGINE)) $(ARGS)
 

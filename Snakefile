@@ -120,7 +120,7 @@ def leave():
     shutil.rmtree(CALL, ignore_errors=True)
     print(study.report(SWEEPS, SCALE), flush=True)
     if os.environ.get("VQSTUDY_ROWS"):
-        print(study.rows_left(SWEEPS[0], SCALE), flush=True)
+        print(study.rows_left(SWEEPS, SCALE), flush=True)
 
 
 onstart:

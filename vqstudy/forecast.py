@@ -85,7 +85,8 @@ def forecast(cells: list[Cell], names: list[str], scale: str) -> str:
     if not cells:
         return ""
     known, lines = {}, []
-    for name in names:
+    # cells may run for their weights alone: their sweep need not be named
+    for name in dict.fromkeys([*names, *(cell.sweep for cell in cells)]):
         mine = [cell for cell in cells if cell.sweep == name]
         if mine:
             known |= predicted(plan(name, scale))

@@ -210,13 +210,15 @@ def report(names: list[str], scale: str) -> str:
     return "\n".join([*(line for line in troubles if line), *waits, ending])
 
 # %% ../nbs/lib/11_study.ipynb #d41e4aca
-def rows_left(name: str, scale: str) -> str:
-    "In a sweep's worktree: what is to be done with its rows, as commands for the checkout."
+def rows_left(names: list[str], scale: str) -> str:
+    "In the worktree of sweeps: what is to be done with the rows, as commands for the checkout."
     if os.environ.get("VQSTUDY_ROWS") == "commit":
-        commit_rows(name, scale)
+        for name in names:
+            commit_rows(name, scale)
     if loose(root()):
-        return f"rows are not committed yet: `make sweep SCALE={scale} SWEEP={name} COMMIT=1` does"
-    return f"its rows are taken over by: git merge {place(name, scale)[1]}"
+        again = f'make sweep SCALE={scale} SWEEP="{" ".join(names)}" COMMIT=1'
+        return f"rows are not committed yet: `{again}` does"
+    return f"its rows are taken over by: git merge {place(names, scale)[1]}"
 
 # %% ../nbs/lib/11_study.ipynb #7e7bc20a
 COMMANDS = {
@@ -224,7 +226,7 @@ COMMANDS = {
     "cell": "run one cell",
     "collect": "merge records into the results",
     "confirm": "run a few cells of older code again; where nothing changed their rows are current",
-    "sweep": "run a sweep from a worktree of its own; the engine's command follows --",
+    "sweep": "run sweeps from a worktree of their own; the engine's command follows --",
     "draw": "draw one figure at a scale",
     "redraw": "draw the committed figures in place from the committed results",
     "rename": "compute the ids in the committed tables again",
@@ -249,8 +251,8 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parts["cell"].add_argument("--short", action="store_true", help="at its shortest length")
     left_out = "leave out what the results have already"
     parts["plan"].add_argument("--missing", action="store_true", help=left_out)
-    for name in ("choose", "sweep"):
-        parts[name].add_argument("--sweep", required=True, help="the sweep's name")
+    parts["choose"].add_argument("--sweep", required=True, help="the sweep's name")
+    parts["sweep"].add_argument("--sweep", required=True, help="a sweep's name, or several")
     parts["sweep"].add_argument("--fresh", action="store_true", help="begin again")
     parts["sweep"].add_argument("--commit", action="store_true", help="commit rows as they come")
     parts["sweep"].add_argument("engine", nargs="*", help="the engine's command")
@@ -262,15 +264,15 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
 
 # %% ../nbs/lib/11_study.ipynb #5df85d33
 def _launch(given: argparse.Namespace) -> int:
-    "Run one sweep in its worktree. Raises ValueError for none or several, or for smoke."
+    "Run sweeps in their worktree. Raises ValueError where none is named, or for smoke."
+    if not given.sweep:
+        raise ValueError("a worktree is of sweeps that are named, SWEEP=name; got none")
     names = chosen(given.sweep, given.scale)
-    if len(names) != 1 or not given.sweep:
-        raise ValueError(f"a worktree is of one sweep, SWEEP=name; got {given.sweep!r}")
     if given.scale == "smoke":
         raise ValueError("smoke proves nothing and needs no commit: `make study` runs it")
     # a path of the checkout's is none in the worktree
     command = [sys.executable, *given.engine[1:]]
-    return launch(names[0], given.scale, command, given.fresh, given.commit)
+    return launch(names, given.scale, command, given.fresh, given.commit)
 
 
 def _collected(name: str, scale: str, dirty: bool) -> str:

@@ -27,9 +27,10 @@ def git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def place(name: str, scale: str) -> tuple[Path, str]:
-    "The folder of a sweep's worktree, and its branch."
-    return root() / "data" / "runs" / ".sweeps" / f"{name}-{scale}", f"rows/{name}-{scale}"
+def place(names: list[str], scale: str) -> tuple[Path, str]:
+    "The folder of the worktree of one sweep or several, and its branch."
+    stem = f"{'+'.join(names)}-{scale}"
+    return root() / "data" / "runs" / ".sweeps" / stem, f"rows/{stem}"
 
 
 def _holds(commit: str) -> bool:
@@ -45,14 +46,15 @@ def _branch(name: str) -> str | None:
     return known[0] if known else None
 
 # %% ../nbs/lib/10h_worktree.ipynb #6a333d3e
-def begin(name: str, scale: str, fresh: bool = False) -> Path:
-    """The worktree of a sweep, made where it is not there; its folder.
+def begin(names: list[str], scale: str, fresh: bool = False) -> Path:
+    """The worktree of sweeps, made where it is not there; its folder.
 
     fresh: begin again at the checked out commit. Raises RuntimeError, also where that would leave
     rows behind.
     """
-    plan(name, scale)  # a wrong sweep is told before anything is made
-    folder, branch = place(name, scale)
+    for name in names:
+        plan(name, scale)  # a wrong sweep is told before anything is made
+    folder, branch = place(names, scale)
     known = _branch(branch)
     ahead = known is not None and not _holds(known)
     if fresh and ahead:
@@ -89,13 +91,13 @@ def commit_rows(name: str, scale: str) -> str:
     return line
 
 # %% ../nbs/lib/10h_worktree.ipynb #527ea384
-def offer(name: str, scale: str) -> str:
+def offer(names: list[str], scale: str) -> str:
     "What is to be done with the rows of a worktree, as commands."
-    folder, branch = place(name, scale)
+    folder, branch = place(names, scale)
     place_of = os.path.relpath(folder, root())
     lines = []
     if folder.exists() and loose(folder):
-        message = f'"Rows of {name} at {scale}"'
+        message = f'"Rows of {", ".join(names)} at {scale}"'
         add = f"git -C {place_of} add data/results"
         lines.append(f"commit the rows: {add} && git -C {place_of} commit -m {message}")
     if lines or (_branch(branch) and not _holds(_branch(branch))):
@@ -103,15 +105,15 @@ def offer(name: str, scale: str) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/lib/10h_worktree.ipynb #f47755d3
-def _environment(folder: Path, name: str, scale: str, commits: bool) -> dict[str, str]:
+def _environment(folder: Path, commits: bool) -> dict[str, str]:
     "The environment of a worktree's processes."
     given = dict(VQSTUDY_ROOT=str(folder), PYTHONPATH=str(folder))
     return dict(os.environ) | given | dict(VQSTUDY_ROWS="commit" if commits else "collect")
 
 
-def _missing(folder: Path, name: str, scale: str, env: dict[str, str]) -> list[str]:
+def _missing(folder: Path, names: list[str], scale: str, env: dict[str, str]) -> list[str]:
     "What the worktree's code says is to be done: its last lines. Raises RuntimeError."
-    words = ["plan", "--missing", "--scale", scale, "--sweep", name]
+    words = ["plan", "--missing", "--scale", scale, "--sweep", " ".join(names)]
     command = [sys.executable, "-m", "vqstudy.study", *words]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -122,37 +124,39 @@ def _missing(folder: Path, name: str, scale: str, env: dict[str, str]) -> list[s
 
 
 def _is_over(folder: Path, lines: list[str]) -> bool:
-    "Whether a sweep has nothing to run, collect, commit or merge."
+    "Whether there is nothing to run, collect, commit or merge."
     done = lines[0].startswith("0 of ") and " 0 tables be collected" in lines[0]
     return done and not loose(folder) and _holds(git(folder, "rev-parse", "HEAD"))
 
 
 def prepare(
-    name: str, scale: str, fresh: bool = False, commits: bool = False
+    names: list[str], scale: str, fresh: bool = False, commits: bool = False
 ) -> tuple[Path, dict[str, str], list[str]]:
-    "The worktree of a sweep, its environment, and what there is to do. Raises RuntimeError."
-    folder = begin(name, scale, fresh)
-    env = _environment(folder, name, scale, commits)
-    lines = _missing(folder, name, scale, env)
+    "The worktree of sweeps, its environment, and what there is to do. Raises RuntimeError."
+    folder = begin(names, scale, fresh)
+    env = _environment(folder, commits)
+    lines = _missing(folder, names, scale, env)
     heads = {git(place, "rev-parse", "HEAD") for place in (folder, root())}
     if len(heads) > 1 and _is_over(folder, lines):
         # what it measured has been taken over: on with what is checked out now
-        folder = begin(name, scale, fresh=True)
-        lines = _missing(folder, name, scale, env)
+        folder = begin(names, scale, fresh=True)
+        lines = _missing(folder, names, scale, env)
     return folder, env, lines
 
 # %% ../nbs/lib/10h_worktree.ipynb #9e7272f0
 def launch(
-    name: str, scale: str, engine: list[str], fresh: bool = False, commits: bool = False
+    names: list[str], scale: str, engine: list[str], fresh: bool = False, commits: bool = False
 ) -> int:
-    """Run a sweep in its worktree: this process becomes the engine. engine: its command.
+    """Run sweeps in their worktree: this process becomes the engine. engine: its command.
 
     Returns only where there is nothing to do. Raises RuntimeError.
     """
-    folder, env, lines = prepare(name, scale, fresh, commits)
+    folder, env, lines = prepare(names, scale, fresh, commits)
     here, there = git(root(), "rev-parse", "HEAD"), git(folder, "rev-parse", "HEAD")
     base = git(root(), "merge-base", here, there)
-    print(f"{name} runs in {os.path.relpath(folder, root())} at commit {there[:12]}")
+    who = ", ".join(names)
+    verb = "runs" if len(names) == 1 else "run"
+    print(f"{who} {verb} in {os.path.relpath(folder, root())} at commit {there[:12]}")
     if base != here:
         advice = "FRESH=1 begins again with what is checked out"
         print(f"  its code is that of {base[:12]}, and {here[:12]} is checked out: {advice}")
@@ -163,8 +167,8 @@ def launch(
     if lines[0].startswith("0 of ") and " 0 tables be collected" in lines[0]:
         if commits and loose(folder):
             git(folder, "add", "data/results")
-            git(folder, "commit", "--quiet", "--message", f"Rows of {name} at {scale}")
-        print(offer(name, scale) or "nothing is left to do", flush=True)
+            git(folder, "commit", "--quiet", "--message", f"Rows of {who} at {scale}")
+        print(offer(names, scale) or "nothing is left to do", flush=True)
         return 0
     os.chdir(folder)
     os.execvpe(engine[0], engine, env)
