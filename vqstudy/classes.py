@@ -17,15 +17,16 @@ from .measure import Meter
 from .scores import as_float, device_of
 
 # %% ../nbs/lib/09e_classes.ipynb #c1a60009
-def first_classes(data: ImageSet, count: int) -> ImageSet:
-    """The images of the first `count` classes of a set, in its order.
+def first_classes(data: ImageSet, count: int = 0) -> ImageSet:
+    """The images of the first `count` classes of a set (0: of all), in its order.
 
     Raises ValueError for a set without labels, and for more classes than it has.
     """
     if data.y is None:
         raise ValueError(f"data must have labels, and {data.name}/{data.split} has none")
     known = len(data.classes) or int(data.y.max()) + 1
-    whole("count", count, 2, known)
+    if not whole("count", count, 0, known):
+        return data
     chosen = data.y < count
     return replace(data, x=data.x[chosen], y=data.y[chosen], classes=data.classes[:count])
 
