@@ -76,8 +76,6 @@ def test_a_claim_names_what_there_is(claim):
 
 # beside those of nbs/runs/reconstruct.ipynb, by the sweep of whose notebook they will be parameters
 TO_COME = {
-    "huh_tab02": {"model"},
-    "huh_tab02_nu": {"model"},
     "huh_fig05": {"model"},
     "huh_fig05_lr": {"model"},
     "fifty_tab02_05": {"paradigm"},
