@@ -30,6 +30,7 @@ QUOTED = {
     "huh_a10_bounds": {15},
     "huh_fig06_gradient_gap": {90},
     "huh_fig09_early_collapse": {0.98, 224, 1024, 196},
+    "huh_tab01_collapse_prevention": {128, 512},
     "huh_tab03_reconstruction": {90, 16384, 96},
     "kalomaze_fig_router_toy": {256},
     "kalomaze_router": {64, 256, 1024, 65_536},
