@@ -51,7 +51,9 @@ def is_worth_showing(record):
 
 
 def sweep_cells(wildcards):
-    return [f"{wildcards.call}/cell/{cell.id}" for cell in CELLS if cell.sweep == wildcards.sweep]
+    "The cells of this call that a sweep plans, also those that another sweep has too."
+    planned = [cell.id for cell in study.plan(wildcards.sweep, SCALE)]
+    return [f"{wildcards.call}/cell/{name}" for name in planned if name in BY_ID]
 
 
 def figure_inputs(wildcards):

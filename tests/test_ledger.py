@@ -31,7 +31,8 @@ PLANNED = """
 huh_fig01_covariate_shift huh_tab01_collapse_prevention huh_fig02_divergence huh_fig03_toy_dynamics
 huh_tab02_classification huh_tab03_reconstruction huh_fig04_maskgit_curves huh_tab09_maskgit_fid
 huh_fig11_maskgit_samples huh_fig05_warmup huh_fig06_gradient_gap huh_fig07_activation
-huh_a05_p_active huh_fig08_initialisation huh_fig09_early_collapse huh_fig10_affine_toy
+huh_a05_p_active huh_a07_rectified huh_fig08_initialisation huh_fig09_early_collapse
+huh_fig10_affine_toy
 huh_tab10_alternation huh_a02_ema_is_commitment huh_a10_bounds huh_ablations huh_errata
 fifty_fig_gradient_field fifty_fig_himmelblau fifty_tab01_vqvae fifty_tab02_05_paradigms
 fifty_fig_ablations fifty_fig_gradients kalomaze_router kalomaze_router_map
@@ -76,10 +77,6 @@ def test_a_claim_names_what_there_is(claim):
 
 # beside those of nbs/runs/reconstruct.ipynb, by the sweep of whose notebook they will be parameters
 TO_COME = {
-    "huh_tab02": {"model"},
-    "huh_tab02_nu": {"model"},
-    "huh_fig05": {"model"},
-    "huh_fig05_lr": {"model"},
     "fifty_tab02_05": {"paradigm"},
     "vqvae_posterior_collapse": {"decoder", "model"},
     "vqvae_prior_samples": {"prior"},
