@@ -82,7 +82,6 @@ TO_COME = {
     "huh_fig05_lr": {"model"},
     "fifty_tab02_05": {"paradigm"},
     "vqvae_posterior_collapse": {"decoder", "model"},
-    "vqvae_prior_samples": {"prior"},
 }
 RECONSTRUCT = cells.parameters("reconstruct")
 
