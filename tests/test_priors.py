@@ -1,9 +1,11 @@
 """Priors over codes: what each has to hold, what it refuses, and a training that is resumed."""
 
 import math
+import random
 import time
 import types
 from functools import partial
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,7 +128,8 @@ def test_probabilities_of_all_rows_sum_to_one(kind):
     prior = prior_of(name, 3, levels, 2, 8, 1, 2).double().eval()
     length = sum(levels)
     rows = torch.cartesian_prod(*[torch.arange(3)] * length)
-    condition = torch.ones(len(rows), 1, dtype=torch.int64) if kind == "autoregressive-class" else None
+    classed = kind == "autoregressive-class"
+    condition = torch.ones(len(rows), 1, dtype=torch.int64) if classed else None
     with torch.no_grad():
         total = (-prior.nats(rows, condition).double() * length).exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-5)
@@ -284,12 +287,9 @@ def test_the_mask_is_apart_from_the_codes():
 def test_torch_s_seed_governs_all_noise(kind):
     prior, found = make(kind), []
     condition = rows_of(prior, 20).condition
-    for seed, numpy_s in ((1, 5), (1, 6), (2, 5)):
-        import random
-        import numpy
-
-        numpy.random.seed(numpy_s)
-        random.seed(numpy_s)
+    for seed, others in ((1, 5), (1, 6), (2, 5)):
+        numpy.random.seed(others)
+        random.seed(others)
         torch.manual_seed(seed)
         found.append(prior.sample(20, condition).codes)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
@@ -450,7 +450,10 @@ def train(kind, path=None, deadline=None, lengths=(8, 16)):
     return fit(model, loss, data, Settings(**options), evaluate=watch, score=score, **more)
 
 
-@pytest.mark.parametrize("kind", ["autoregressive", "autoregressive-class", "maskgit", "two scales"])
+RESUMED = ["autoregressive", "autoregressive-class", "maskgit", "two scales"]
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     "With the state that it keeps."
     whole = train(kind)
@@ -563,7 +566,8 @@ def test_a_prior_has_its_tokenizer_s_codes_and_sets_images_aside(name, scale):
         return
     for cell in cells.plan(name, scale):
         coder = cell.parents["tokenizer"].parameters
-        assert all(coder[x] == cell.parameters[x] for x in ("method", "dataset", "num_codes", "seed"))
+        shared = ("method", "dataset", "num_codes", "seed")
+        assert all(coder[name] == cell.parameters[name] for name in shared)
         assert coder["validation"] > 0
 
 
@@ -586,6 +590,7 @@ def test_the_temperature_is_chosen_on_what_is_not_reported():
         counts.setdefault(cell.parameters["method"], set()).add(cell.parameters["temperature"])
     methods = {cell.parameters["method"] for cell in cells.plan("huh_tab09", "desk")}
     assert counts.keys() == methods and len({frozenset(x) for x in counts.values()}) == 1
-    same = [{k: v for k, v in c.parameters.items() if k in ("width", "depth", "num_codes")} for c in tried]
-    trial = cells.plan("huh_tab09_trial_priors", "desk")[0].parameters
-    assert all(x == {k: trial[k] for k in x} for x in same)
+    for cell in tried:
+        drawn_from = cell.parents["weights_of"].parameters
+        for name in ("method", "width", "depth", "heads", "num_codes", "seed"):
+            assert drawn_from[name] == cell.parameters[name], name
