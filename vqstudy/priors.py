@@ -362,14 +362,15 @@ class MaskGIT(MaskedPrior):
         codes = torch.full(shape, self.num_codes, device=self.device)
         log_p = torch.zeros(shape, device=self.device)
         for i, left in enumerate(left_masked(self.length, steps, order), 1):
-            logits = self.logits(codes, condition)
-            drawn = draw(restricted(logits, temperature, top_k, top_p))
-            score = logits.log_softmax(-1).gather(2, drawn[..., None])[..., 0]
             masked = codes == self.num_codes
-            known = score.masked_fill(~masked, math.inf)  # and stays so
-            turn = self.ranks(known, order, noise * (1 - i / steps))
-            now = masked & (turn < self.length - left)
-            codes, log_p = torch.where(now, drawn, codes), torch.where(now, score, log_p)
+            logits = self.logits(codes, condition)[masked]
+            own = draw(restricted(logits, temperature, top_k, top_p))
+            score = torch.full(shape, math.inf, device=self.device)  # what is known stays so
+            score[masked] = logits.log_softmax(-1).gather(1, own[:, None])[:, 0]
+            turn = self.ranks(score, order, noise * (1 - i / steps))
+            now = turn < self.length - left
+            log_p[masked & now] = score[masked & now]
+            codes[masked & now] = own[now[masked]]
         return Sampled(codes, log_p)
 
 # %% ../nbs/lib/06g_priors.ipynb #21a10054
