@@ -294,6 +294,18 @@ def test_class_folders_never_seen_train_by_name_and_folder_alone(tmp_path):
     assert metrics["accuracy"] > 0.6
 
 
+def test_a_moment_without_an_idle_code_has_no_bifurcation_and_is_kept(tmp_path):
+    given = {"method": "vq + affine", "num_codes": 8, "width": 8, "train_limit": 256}
+    given |= {"lengths": [12], "looks": [0], "out": str(tmp_path / "record")}
+    files = ("nbs/runs/divergence.ipynb", str(tmp_path / "out.ipynb"))
+    command = [sys.executable, "-m", "papermill", *files, "-y", json.dumps(given)]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("VQSTUDY_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "record/record.json").read_text())["lengths"]
+    assert row["final_usage"] == 1 and row["final_bifurcation"] is None
+
+
 def test_a_set_without_labels_is_refused():
     bare = ImageSet(pictures().x, None, (), "faces", "train", "")
     with pytest.raises(ValueError, match="data must have labels, and faces/train has none"):

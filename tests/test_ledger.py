@@ -79,7 +79,6 @@ def test_a_claim_names_what_there_is(claim):
 TO_COME = {
     "fifty_tab02_05": {"paradigm"},
     "vqvae_posterior_collapse": {"decoder", "model"},
-    "vqvae_prior_samples": {"prior"},
 }
 RECONSTRUCT = cells.parameters("reconstruct")
 

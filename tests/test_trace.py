@@ -33,12 +33,16 @@ QUOTED = {
     "huh_fig06_gradient_gap": {90},
     "huh_fig07_activation": {32, 64, 128, 256},
     "huh_fig09_early_collapse": {0.98, 224, 1024, 196},
+    "huh_fig04_maskgit_curves": {1000, 5000},
+    "huh_fig11_maskgit_samples": {128},
     "huh_tab01_collapse_prevention": {128, 512},
     "huh_tab03_reconstruction": {90, 16384, 96},
+    "huh_tab09_maskgit_fid": {24.8, 40.4, 29.7, 15.6, 4.9, 64, 128, 9000},
     "kalomaze_fig_router_toy": {256},
     "kalomaze_router": {64, 256, 1024, 65_536},
     "kalomaze_flow_decoder": {65536, 1000, 600},
     "ledger": {256},
+    "vqvae_prior_samples": {10, 64, 80, 1000},
 }
 # The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
 VERSIONS = {"3.11", "3.13", "2.0"}

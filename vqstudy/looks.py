@@ -69,12 +69,15 @@ def histograms(
 # %% ../nbs/lib/09f_looks.ipynb #f2d30019
 def embedded(
     z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], counts: Int64[Tensor, "k"],
-    points: int = 2048,  # of the vectors, evenly from the first to the last
+    points: int = 2048,  # of the vectors, drawn at random, the same ones in each call
 ) -> list[dict[str, float]]:
     "A row per point: its place x, y, and whether it is a code, which has its count, too."
     from sklearn.manifold import TSNE
 
-    some = z[:: -(-len(z) // whole("points", points))]
+    whole("points", points)
+    # not every n-th: vectors lie map after map, and n may be a map's width
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    some = z[order[:points]]
     joint = torch.cat([some, codebook]).double().numpy()
     found = TSNE(init="pca", random_state=0, n_jobs=1).fit_transform(joint).tolist()
     rows = [{"code": 0, "x": a, "y": b} for a, b in found[: len(some)]]
