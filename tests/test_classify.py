@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import types
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+import notebooks
 import numpy
 import pandas as pd
 import pytest
@@ -225,17 +226,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, spec, own, tmp_path):
 # ---- the run notebook ----
 
 
-def executed(until, **given):
-    "The names that the notebook has once it has the name `until`."
-    names = {}
-    for cell in BOOK["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        exec("".join(cell["source"]), names)
-        if "parameters" in cell["metadata"].get("tags", []):
-            names |= given
-        if until in names:
-            return names
+executed = partial(notebooks.executed, BOOK)
 
 
 FEW = {"train_limit": 48, "test_limit": 14, "width": 4, "blocks": 1}

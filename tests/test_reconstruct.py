@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+import notebooks
 import numpy
 import pyarrow
 import pytest
@@ -32,17 +33,7 @@ MEASURED = [(name, scale) for name, scale in REPORTED if scale != "smoke"]
 TUNED = [scale for scale in sweep("huh_tab03_tune")["scales"] if scale != "smoke"]
 
 
-def executed(until, **given):
-    "The names that the notebook has once it has the name `until`."
-    names = {}
-    for cell in BOOK["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        exec("".join(cell["source"]), names)
-        if "parameters" in cell["metadata"].get("tags", []):
-            names |= given
-        if until in names:
-            return names
+executed = partial(notebooks.executed, BOOK)
 
 
 def prepared(**given):

@@ -142,7 +142,7 @@ class Sampled(NamedTuple):
     codes: Int64[Tensor, "n length"]
     log_p: Float[Tensor, "n length"]
 
-
+# %% ../nbs/lib/06g_priors.ipynb #21a1a01b
 class Prior(nn.Module):
     """Base: a distribution over rows of `length` codes out of num_codes, (b, length) int64.
 
