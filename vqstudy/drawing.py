@@ -15,6 +15,7 @@ from .cells import SCALES, parameters, sweep, sweeps
 from .code import digest, fingerprint, notebook_path, root
 from .files import write
 from .outcomes import results_folder
+from .processes import own_sockets
 from .wrapper import OUT_OF_TIME, execute, in_turn, tell_failure
 
 # %% ../nbs/lib/10m_drawing.ipynb #e0f5cf75
@@ -101,8 +102,8 @@ def _redraw(path: Path) -> bool:
     try:
         # what is printed in one go may arrive in two parts: they are one output
         how = {"kernel_name": "python3", "coalesce_streams": True}
-        client = NotebookClient(book, timeout=None, resources=where, **how)
-        client.execute()
+        with own_sockets() as config:
+            NotebookClient(book, timeout=None, resources=where, config=config, **how).execute()
     except Exception as error:
         print(f"{path.stem}  FAILED: {str(error).strip().splitlines()[-1]}", flush=True)
         return False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU_INFO', 'CACHES', 'end_children', 'adopt', 'alive', 'Guard', 'engine', 'redirected', 'wants_gpu', 'gpus', 'slots',
-           'gpu', 'has_bfloat16', 'slow_bfloat16', 'keep_caches']
+           'gpu', 'has_bfloat16', 'slow_bfloat16', 'own_sockets', 'keep_caches']
 
 # %% ../nbs/lib/10d_processes.ipynb #df6fdd49
 import ctypes, os, re, subprocess, sys, tempfile, threading, time
@@ -17,6 +17,7 @@ from .files import locked
 
 if TYPE_CHECKING:
     import psutil
+    from traitlets.config import Config
 
 # %% ../nbs/lib/10d_processes.ipynb #e55b9a0c
 def end_children() -> None:
@@ -174,6 +175,18 @@ def slow_bfloat16(cells: list[Cell]) -> str:
         return ""
     lacks = "this processor is not known to have instructions for it (avx512_bf16, amx_bf16)"
     return f"{count} of {len(cells)} cells train in bfloat16, and {lacks}; BFLOAT16=1 runs them"
+
+# %% ../nbs/lib/10d_processes.ipynb #3ea539b2
+@contextmanager
+def own_sockets() -> "Iterator[Config]":
+    "A kernel's configuration: its sockets are files of a folder that goes with the context."
+    from traitlets.config import Config
+
+    # the path of a socket has at most 107 bytes, the name of the file included
+    place = None if len(tempfile.gettempdir()) < 70 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="vqstudy-", dir=place) as folder:
+        file = f"{folder}/kernel.json"
+        yield Config(KernelManager=dict(transport="ipc", connection_file=file))
 
 # %% ../nbs/lib/10d_processes.ipynb #3c48b7f0
 CACHES = ("MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR")

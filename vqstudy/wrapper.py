@@ -15,7 +15,8 @@ from .code import digest, fingerprint, notebook_path, root
 from .confirm import shortened
 from .files import locked, write
 from .outcomes import entries, make_record, read_record, save_record, state
-from .processes import Guard, adopt, end_children, engine, gpu, redirected, wants_gpu
+from .processes import Guard, adopt, end_children, engine, gpu, own_sockets, redirected
+from .processes import wants_gpu
 from .provenance import SET_FOLDERS, now, provenance
 from .records import collect
 from .run import checkpoint_name, out_of_time, reached
@@ -45,10 +46,11 @@ def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str
     if not source.stem.startswith("bench_"):
         os.environ |= KEEP_FREED | {key: os.environ[key] for key in KEEP_FREED.keys() & os.environ}
     target = folder / "notebook.ipynb"
-    with redirected(folder / "log.txt") as log:
-        options = dict(cwd=root(), start_timeout=180, stdout_file=log, stderr_file=log)
+    with own_sockets() as config, redirected(folder / "log.txt") as log:
+        options = dict(config=config, start_timeout=180, stdout_file=log, stderr_file=log)
+        options |= dict(cwd=root(), progress_bar=False)
         try:
-            papermill.execute_notebook(source, target, given, progress_bar=False, **options)
+            papermill.execute_notebook(source, target, given, **options)
         except papermill.PapermillExecutionError as error:
             log.write(str(error))
             return error.ename, _one_line(error.evalue)
