@@ -39,6 +39,12 @@ if workflow.is_main_process:
 CALL = f"{FLAGS}/{time.time_ns()}-{os.getpid()}"
 BY_ID = {cell.id: cell for cell in CELLS}
 
+
+def flag(cell):
+    "The flag of a cell of this call, by whether it takes the weights of others (rule child)."
+    return f"{CALL}/{'child' if cell.parents else 'cell'}/{cell.id}"
+
+
 # what `report` says at the end
 REPORTED = ("CalledProcessError", "Exiting because a job", "At least one job did not complete")
 
@@ -53,7 +59,7 @@ def is_worth_showing(record):
 def sweep_cells(wildcards):
     "The cells of this call that a sweep plans, also those that another sweep has too."
     planned = [cell.id for cell in study.plan(wildcards.sweep, SCALE)]
-    return [f"{wildcards.call}/cell/{name}" for name in planned if name in BY_ID]
+    return [flag(BY_ID[name]) for name in planned if name in BY_ID]
 
 
 def figure_inputs(wildcards):
@@ -79,7 +85,7 @@ wildcard_constraints:
 
 rule study:
     input:
-        [f"{CALL}/cell/{cell.id}" for cell in CELLS],
+        [flag(cell) for cell in CELLS],
         [f"{CALL}/table/{name}" for name in TABLES],
         [f"{CALL}/figure/{stem}" for stem in FIGURES],
 
@@ -87,7 +93,7 @@ rule study:
 def parents(wildcards):
     "The cells of this call whose weights a cell takes."
     needed = BY_ID[wildcards.cell].parents.values()
-    return [f"{wildcards.call}/cell/{cell.id}" for cell in needed if cell.id in BY_ID]
+    return [flag(cell) for cell in needed if cell.id in BY_ID]
 
 
 rule cell:
@@ -99,6 +105,13 @@ rule cell:
     shell:
         "{PYTHON:q} -m vqstudy.study cell --scale {SCALE:q}"
         " --sweep {params.sweep:q} --cell {wildcards.cell:q}"
+
+
+# A cell that takes weights goes before those that take none. Of a sweep that is stopped the rows
+# are then those of whole chains: weights stay on their machine, and elsewhere would be made again.
+use rule cell as child with:
+    output: touch("{call}/child/{cell}")
+    priority: 1
 
 
 rule table:

@@ -536,14 +536,28 @@ while Path("hold").exists(): time.sleep(.1)
 ]
 
 
-def test_a_parent_runs_first_and_stays_when_the_child_is_killed(tmp_path):
-    grid = "grid: {method: [quick]}, seeds: [0, 1]"
-    kept = f"{{notebook: tokenizer, weights: keep, {grid}, scales: {{smoke: {{}}}}}}"
-    need = "needs: {tokenizer: kept}, metric: far"
-    priors = f"{{notebook: prior, {need}, {grid}, scales: {{smoke: {{seeds: [1]}}}}}}"
-    project = Project(tmp_path, kept=kept, priors=priors)
+def with_weights(folder, parents, children):
+    "A project with tokenizers, and priors that take their weights, of these seeds."
+    grid = "grid: {method: [quick]}"
+    keeps = f"weights: keep, seeds: {parents}, {grid}, scales: {{smoke: {{}}}}"
+    needs = f"needs: {{tokenizer: kept}}, metric: far, seeds: {children}, {grid}"
+    kept = f"{{notebook: tokenizer, {keeps}}}"
+    priors = f"{{notebook: prior, {needs}, scales: {{smoke: {{}}}}}}"
+    project = Project(folder, kept=kept, priors=priors)
     for name, sources in dict(tokenizer=TOKENIZER, prior=PRIOR).items():
-        notebook(tmp_path / f"nbs/runs/{name}.ipynb", *sources)
+        notebook(folder / f"nbs/runs/{name}.ipynb", *sources)
+    return project
+
+
+def test_a_child_goes_before_the_parents_of_others(tmp_path):
+    project = with_weights(tmp_path, [0, 1, 2], [0, 1, 2])
+    code, shown = project.make("study", "SWEEP=kept priors", "CORES=1")
+    assert code == 0, shown
+    assert re.findall(r"^(tokenizer|prior)-", shown, re.M) == ["tokenizer", "prior"] * 3
+
+
+def test_a_parent_runs_first_and_stays_when_the_child_is_killed(tmp_path):
+    project = with_weights(tmp_path, [0, 1], [1])
     (tmp_path / "hold").touch()
     command = ["make", "-n", "VENV=none", "CORES=2", "study", "SWEEP=priors"]
     where = dict(cwd=tmp_path, env=project.env)
