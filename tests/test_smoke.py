@@ -1,8 +1,7 @@
 """What `make study` leaves at smoke scale: whole records, full tables, drawings that repeat."""
 
-import subprocess
-import sys
 import pytest
+from notebooks import drawn
 from vqstudy.cells import plan, root, sweep, sweeps
 from vqstudy.records import entries, found, results, results_folder, state
 from vqstudy.study import toys
@@ -39,8 +38,7 @@ REDRAWN = {stem for _, stem in SMOKE} | set(toys()) & {"huh_a05_p_active", "ledg
 def test_a_second_drawing_has_the_same_bytes(stem):
     files = {path: path.read_bytes() for path in DRAWN.glob(f"{stem}.*")}
     assert files and {path.suffix for path in files} <= {".md", ".svg"}
-    command = [sys.executable, "-m", "vqstudy.study", "draw", "--scale", "smoke", stem]
-    subprocess.run(command, check=True, cwd=root(), capture_output=True)
+    assert drawn(stem, "smoke")
     assert all(path.read_bytes() == old for path, old in files.items())
 
 
