@@ -1,5 +1,6 @@
 """Priors over codes: what each has to hold, what it refuses, and a training that is resumed."""
 
+import io
 import math
 import random
 import time
@@ -9,10 +10,12 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from vqstudy import cells
 from vqstudy.autoencoders import Autoencoder
 from vqstudy.checkpoint import reproducible
 from vqstudy.coders import FACTORS, codes_of, images_of, levels_of
+from vqstudy.files import sample_grid
 from vqstudy.prior_scores import BATCH, bits_of, drawn_rows, kept_at, nearest, set_scores
 from vqstudy.priors import KINDS, AutoregressivePrior, BestSoFar, Cache, CodeTable, IndependentPrior
 from vqstudy.priors import MaskGIT, TwoLevelPrior, draw, halton_ranks, left_masked, prior_loss
@@ -569,6 +572,33 @@ def test_a_prior_has_its_tokenizer_s_codes_and_sets_images_aside(name, scale):
         shared = ("method", "dataset", "num_codes", "seed")
         assert all(coder[name] == cell.parameters[name] for name in shared)
         assert coder["validation"] > 0
+
+
+CODERS = [name for name in cells.sweeps() if cells.sweep(name)["notebook"] == "codes"]
+
+
+@pytest.mark.parametrize("name", CODERS)
+@pytest.mark.parametrize("scale", ["desk", "gpu"])
+def test_a_tuned_beta_is_a_share_of_the_weight_that_it_was_tuned_with(name, scale):
+    "Under another alpha the same beta holds the encoder to its codes with another weight."
+    if scale not in cells.sweep(name)["scales"]:
+        return
+    searched = {cell.parameters["alpha"] for cell in cells.plan("huh_tab03_best", scale)}
+    for cell in cells.plan(name, scale):
+        assert "huh_tab03_best" in cells.tuned_by(name, scale)
+        assert {cell.parameters["alpha"]} == searched
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_no_sheet_of_samples_is_made_smaller(name):
+    "Or its cell would fail at its very end: not even noise, of which nothing can be packed."
+    sizes = set()
+    for scale in cells.sweep(name)["scales"]:
+        for cell in cells.plan(name, scale):
+            sizes.add((cell.parameters["shown"], cell.parents["tokenizer"].parameters["size"]))
+    for shown, size in sizes:
+        noise = torch.randint(0, 256, (2, 2 * shown, 3, size, size), dtype=torch.uint8)
+        assert Image.open(io.BytesIO(sample_grid(noise))).height == 2 * size
 
 
 def test_two_scales_have_as_many_bits():
