@@ -49,7 +49,7 @@ def logistic_nats(
     log_scale: Float[Tensor, "..."],
     levels: int = 256,
 ) -> Float[Tensor, "..."]:
-    "-log p of each pixel under a logistic distribution that is cut into levels."
+    "-log p of each pixel, in nats, under a logistic distribution that is cut into levels."
     half, inverse = 0.5 / (levels - 1), (-log_scale).exp()
     upper, lower = (x + half - mean) * inverse, (x - half - mean) * inverse
     below, above = F.logsigmoid(upper), F.logsigmoid(-lower)  # of being no lighter, no darker
@@ -91,7 +91,7 @@ DECODERS = {"plain": 0, "weak": 1, "middle": 3, "strong": 6}  # masked layers
 
 
 class PixelDecoder(nn.Module):
-    """Latents (b, dim, h/4, w/4) and the image (b, 1, h, w) to a mean and a log scale of each pixel.
+    """Latents (b, dim, h/4, w/4), the image (b, 1, h, w): each pixel's mean and log scale.
 
     layers: masked ones, which see the pixels of `receptive_field`. Raises ValueError or TypeError.
     """

@@ -106,7 +106,9 @@ def pictures_of(
         return model.decoder(z, blank)[0].clamp(0, 1)
 
 # %% ../nbs/lib/09g_latent_scores.ipynb #c0b10022
-def latent_scores(model: PatchModel, x: UInt8[Tensor, "n 3 h w"], seed: int = 0) -> dict[str, float]:
+def latent_scores(
+    model: PatchModel, x: UInt8[Tensor, "n 3 h w"], seed: int = 0
+) -> dict[str, float]:
     "The table above. Raises ValueError for fewer than two images."
     whole("the number of images", len(x), least=2)
     found = latents_of(model, x, seed)
@@ -138,6 +140,7 @@ def picture_scores(
 ) -> dict[str, float]:
     "mse and sharpness of pictures in 0..1. Raises ValueError for another number of images."
     if len(made) != len(x):
-        raise ValueError(f"made must be as many pictures as x has images, {len(x)}, got {len(made)}")
+        raise ValueError(f"made must be a picture of each image, {len(x)}, got {len(made)}")
     real = as_float(x[:, :1], made.device)
-    return {"mse": float((made - real).double().square().mean()), "sharpness": sharpness(made, real)}
+    error = (made - real).double().square().mean()
+    return {"mse": float(error), "sharpness": sharpness(made, real)}
