@@ -86,7 +86,7 @@ def pixel_bits(
     model: PatchModel, x: UInt8[Tensor, "n 3 h w"], z: Float[Tensor, "n d i j"], moved: int = 0
 ) -> float:
     "Bits per image; modes and random states are as before."
-    z, total = z.roll(moved, 0), 0.0
+    z, total = z.roll(moved, 0).contiguous(), 0.0  # or another kernel would round otherwise
     with measuring(model):
         for some, mine in zip(x.split(BATCH), z.split(BATCH)):
             nats = model.pixel_nats(mine, as_float(some[:, :1], device_of(model)))
