@@ -170,7 +170,8 @@ def test_drawing_agrees_with_the_likelihood_where_all_images_can_be_listed(layer
         torch.manual_seed(4)
         n = 4000
         made = drawn_image(decoder, z.expand(n, -1, -1, -1), 2)
-        own = logistic_nats(made, *decoder(z.expand(n, -1, -1, -1), made), 2).double().sum((1, 2, 3))
+        own = logistic_nats(made, *decoder(z.expand(n, -1, -1, -1), made), 2).double()
+        own = own.sum((1, 2, 3))
     p = (-nats).exp()
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
     entropy = float((p * nats).sum())
@@ -476,7 +477,8 @@ def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
     assert whole.history == parts.history and whole.lengths == parts.lengths
     if kind == "vae + annealing":
-        assert int(parts.model.latents.updates) == 20  # the branch of the first length is not counted
+        # the branch of the first length does not count
+        assert int(parts.model.latents.updates) == 20
 
 
 def test_a_length_gives_what_it_would_alone():
