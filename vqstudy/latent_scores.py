@@ -65,12 +65,17 @@ def active_units(mean: Float[Tensor, "n d ..."]) -> float:
 BATCH = 250  # images at a time
 
 
+def _grey(x: UInt8[Tensor, "n 3 h w"], device: torch.device) -> Float[Tensor, "n 1 h w"]:
+    "The first of three equal planes, in 0..1, on the device."
+    return as_float(x, device)[:, :1]
+
+
 def latents_of(model: PatchModel, x: UInt8[Tensor, "n 3 h w"], seed: int = 0) -> Latents:
     "Of the first planes, on the model's device; modes and random states are as before."
     whole("the number of images", len(x))
     with measuring(model):
         torch.manual_seed(seed)
-        parts = [model.encode(as_float(some[:, :1], device_of(model))) for some in x.split(BATCH)]
+        parts = [model.encode(_grey(some, device_of(model))) for some in x.split(BATCH)]
     each = zip(*parts)
     return Latents(*(_joined(values) for values in each))
 
@@ -89,7 +94,7 @@ def pixel_bits(
     z, total = z.roll(moved, 0).contiguous(), 0.0  # or another kernel would round otherwise
     with measuring(model):
         for some, mine in zip(x.split(BATCH), z.split(BATCH)):
-            nats = model.pixel_nats(mine, as_float(some[:, :1], device_of(model)))
+            nats = model.pixel_nats(mine, _grey(some, device_of(model)))
             total += float(nats.double().sum())
     return total / len(x) / math.log(2)
 
@@ -141,6 +146,6 @@ def picture_scores(
     "mse and sharpness of pictures in 0..1. Raises ValueError for another number of images."
     if len(made) != len(x):
         raise ValueError(f"made must be a picture of each image, {len(x)}, got {len(made)}")
-    real = as_float(x[:, :1], made.device)
-    error = (made - real).double().square().mean()
-    return {"mse": float(error), "sharpness": sharpness(made, real)}
+    real = as_float(x, made.device)
+    error = (made - real[:, :1]).double().square().mean()
+    return {"mse": float(error), "sharpness": sharpness(made.expand_as(real), real)}
