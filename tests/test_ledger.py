@@ -78,7 +78,6 @@ def test_a_claim_names_what_there_is(claim):
 # beside those of nbs/runs/reconstruct.ipynb, by the sweep of whose notebook they will be parameters
 TO_COME = {
     "fifty_tab02_05": {"paradigm"},
-    "vqvae_posterior_collapse": {"decoder", "model"},
 }
 RECONSTRUCT = cells.parameters("reconstruct")
 

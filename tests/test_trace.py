@@ -42,6 +42,7 @@ QUOTED = {
     "kalomaze_router": {64, 256, 1024, 65_536},
     "kalomaze_flow_decoder": {65536, 1000, 600},
     "ledger": {256},
+    "vqvae_posterior_collapse": {10},
     "vqvae_prior_samples": {10, 64, 80, 1000},
 }
 # The same in the README: versions; numbers of codes, a life span, the name of CIFAR-10, a width.
