@@ -1,8 +1,11 @@
 """Posterior collapse: likelihood, masks, latents and their scores against oracles; resuming."""
 
+import json
 import math
 import time
 import types
+import notebooks
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -18,6 +21,7 @@ from vqstudy.latent_scores import picture_scores, pictures_of, pixel_bits, poste
 from vqstudy.latent_scores import priced_bits
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
+from vqstudy.stats import load_claims
 from vqstudy.train import OutOfTime, fit
 
 NAMES = dict(decoder="weak", latent_dim=3, width=8, kl_weight=1.0, anneal_updates=6, free_bits=0.5)
@@ -622,3 +626,45 @@ def test_every_model_meets_every_decoder(place):
     met = [(c.parameters["model"], c.parameters["decoder"], c.parameters["seed"]) for c in planned]
     seeds = {seed for _, _, seed in met}
     assert len(met) == len(set(met)) == len(MODELS) * len(DECODERS) * len(seeds) and len(seeds) >= 3
+
+
+@pytest.mark.parametrize("place", ["desk", "gpu"])
+def test_codes_are_priced_by_many_images_that_were_trained_on(place):
+    "A prior of few would make them dear, by some (k - 1) / 2n nats."
+    for name in SWEEPS:
+        for cell in cells.plan(name, place):
+            n, k = cell.parameters["prior_limit"], cell.parameters["num_codes"]
+            assert n and (k - 1) / (2 * n * math.log(2)) < 0.05
+
+
+def test_a_claim_on_information_is_judged_by_the_bound_that_can_show_it():
+    "That it is less than a number by the upper one, that it is more by the lower one."
+    claims = [c for c in load_claims(cells.root() / "data/claims.toml") if c.sweep in SWEEPS]
+    stated = {c.id: c for c in claims if isinstance(c.b, float) and "latent_bits" in c.metric}
+    assert "primer-vae-collapses" in stated
+    for claim in stated.values():
+        assert claim.metric == "latent_bits" + "_upper" * (claim.says == "lower")
+
+
+# ---- the figure ----
+
+
+def test_the_figure_counts_runs_that_diverged(monkeypatch):
+    metrics = ("latent_bits", "latent_bits_upper", "rate_bits", "permuted_bits", "pixel_bits")
+    numbers = dict.fromkeys((*metrics, "bits_per_dim", "mse", "sharpness"), 1.0)
+    numbers |= dict(receptive_field=69.0)
+    lost = {("vae", 2), ("none", 0), ("none", 1), ("none", 2)}
+    rows = [
+        dict(model=model, decoder="strong", seed=seed, updates=9, status="diverged")
+        if (model, seed) in lost
+        else dict(model=model, decoder="strong", seed=seed, updates=9, status="done") | numbers
+        for model in ("vae", "vqvae", "none")
+        for seed in range(3)
+    ]
+    monkeypatch.setattr("vqstudy.figures.planned", lambda name, scale: pd.DataFrame(rows))
+    monkeypatch.setattr("vqstudy.figures.shown_scale", lambda name, scale: "desk")
+    path = cells.root() / "nbs/figs/vqvae_posterior_collapse.ipynb"
+    names = notebooks.executed(json.loads(path.read_text(encoding="utf-8")), until="table")
+    table = names["table"].set_index("model")
+    assert table.seeds.to_dict() == {"VAE": "2, 1 lost", "VQ-VAE": "3", "no latents": "0, 3 lost"}
+    assert table["a latent says"].tolist() == ["1.00 ± 0.00", "1.00 ± 0.00", ""]
