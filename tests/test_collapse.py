@@ -1,8 +1,11 @@
 """Posterior collapse: likelihood, masks, latents and their scores against oracles; resuming."""
 
+import json
 import math
 import time
 import types
+import notebooks
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -15,8 +18,10 @@ from vqstudy.collapse import grey_patches, kl_nats, logistic_nats, patch_model, 
 from vqstudy.data import photos
 from vqstudy.latent_scores import BATCH, active_units, code_bits, latent_scores, latents_of
 from vqstudy.latent_scores import picture_scores, pictures_of, pixel_bits, posterior_bits
+from vqstudy.latent_scores import priced_bits
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
+from vqstudy.stats import load_claims
 from vqstudy.train import OutOfTime, fit
 
 NAMES = dict(decoder="weak", latent_dim=3, width=8, kl_weight=1.0, anneal_updates=6, free_bits=0.5)
@@ -281,6 +286,10 @@ def test_the_loss_by_hand():
             wanted = wanted + price * kl.clamp(min=floor).sum() / 256
         torch.testing.assert_close(loss, wanted)
         torch.testing.assert_close(parts["task_loss"], nats.mean())
+        # what is charged, not what it would cost: nothing for a code, nothing while the price is 0
+        charged = (loss - nats.mean() - latents.loss) * 256 / 16 / math.log(2)
+        torch.testing.assert_close(parts["charged_bits"], charged, atol=1e-4, rtol=1e-4)
+        assert (float(parts["charged_bits"]) == 0) == (kind in ("vae + annealing", "vqvae", "none"))
 
 
 def test_a_code_costs_the_same_whatever_it_says():
@@ -343,6 +352,45 @@ def test_code_bits_are_the_entropy_of_each_place():
     one_hot = torch.nn.functional.one_hot(codes[:, 2]).double()
     by_bound = -(one_hot @ one_hot.mean(0)).log2().mean()
     assert float(by_bound) == pytest.approx(code_bits(codes[:, 2:], 8), abs=1e-9)
+
+
+def test_codes_cost_what_a_prior_of_other_images_makes_them_cost():
+    "By hand; never less than the entropy, as counted, nor more than a uniform prior asks."
+    codes, others = torch.tensor([[0], [1], [1], [3]]), torch.tensor([[0], [0], [1]])
+    p = [2.5 / 5, 1.5 / 5, 0.5 / 5, 0.5 / 5]
+    wanted = -sum(math.log2(p[code]) for code in codes.flatten()) / 4
+    assert priced_bits(codes, others, 4) == pytest.approx(min(2, wanted)) and wanted < 2.1
+    assert priced_bits(codes[:3], others, 4) == pytest.approx(
+        -(math.log2(p[0]) + 2 * math.log2(p[1])) / 3
+    )
+    assert priced_bits(codes[3:], others.expand(3, 1), 4) == 2  # log2(10) by these counts
+    for seed in range(5):
+        torch.manual_seed(seed)
+        codes, others = (20 * torch.rand(2, 60, 4, 4) ** 2).long()
+        assert code_bits(codes, 20) < priced_bits(codes, others, 20) <= math.log2(20)
+
+
+def test_the_price_of_codes_is_right_where_an_entropy_of_few_images_is_too_low():
+    torch.manual_seed(0)
+    codes, others = torch.randint(0, 256, (400, 4)), torch.randint(0, 256, (20_000, 4))
+    codes[:, 0], others[:, 0] = codes[:, 0] // 2, others[:, 0] // 2  # one place needs a bit less
+    truth = 8 - 1 / 4
+    assert truth - code_bits(codes, 256) > 0.2
+    assert priced_bits(codes, others, 256) == pytest.approx(truth, abs=0.02)
+
+
+def test_codes_are_priced_by_the_other_images_alone():
+    model, x = make("vqvae"), PATCHES.x
+    found, plain = latent_scores(model, x[:60], others=x[60:]), latent_scores(model, x[:60])
+    codes, others = (latents_of(model, part).codes for part in (x[:60], x[60:]))
+    bits = priced_bits(codes, others, 6)
+    assert found["rate_bits"] == found["latent_bits_upper"] == bits
+    assert found["bits_per_dim"] == pytest.approx(found["pixel_bits"] + bits * 16 / 256, rel=1e-9)
+    same = ("pixel_bits", "latent_bits", "permuted_bits", "usage", "perplexity")
+    assert all(found[name] == plain[name] for name in same) and bits > found["latent_bits"]
+    for kind in ("vae", "none"):
+        model = make(kind)
+        assert latent_scores(model, x[:60], others=x[60:]) == latent_scores(model, x[:60])
 
 
 def test_active_units_by_the_stated_threshold():
@@ -578,3 +626,45 @@ def test_every_model_meets_every_decoder(place):
     met = [(c.parameters["model"], c.parameters["decoder"], c.parameters["seed"]) for c in planned]
     seeds = {seed for _, _, seed in met}
     assert len(met) == len(set(met)) == len(MODELS) * len(DECODERS) * len(seeds) and len(seeds) >= 3
+
+
+@pytest.mark.parametrize("place", ["desk", "gpu"])
+def test_codes_are_priced_by_many_images_that_were_trained_on(place):
+    "A prior of few would make them dear, by some (k - 1) / 2n nats."
+    for name in SWEEPS:
+        for cell in cells.plan(name, place):
+            n, k = cell.parameters["prior_limit"], cell.parameters["num_codes"]
+            assert n and (k - 1) / (2 * n * math.log(2)) < 0.05
+
+
+def test_a_claim_on_information_is_judged_by_the_bound_that_can_show_it():
+    "That it is less than a number by the upper one, that it is more by the lower one."
+    claims = [c for c in load_claims(cells.root() / "data/claims.toml") if c.sweep in SWEEPS]
+    stated = {c.id: c for c in claims if isinstance(c.b, float) and "latent_bits" in c.metric}
+    assert "primer-vae-collapses" in stated
+    for claim in stated.values():
+        assert claim.metric == "latent_bits" + "_upper" * (claim.says == "lower")
+
+
+# ---- the figure ----
+
+
+def test_the_figure_counts_runs_that_diverged(monkeypatch):
+    metrics = ("latent_bits", "latent_bits_upper", "rate_bits", "permuted_bits", "pixel_bits")
+    numbers = dict.fromkeys((*metrics, "bits_per_dim", "mse", "sharpness"), 1.0)
+    numbers |= dict(receptive_field=69.0)
+    lost = {("vae", 2), ("none", 0), ("none", 1), ("none", 2)}
+    rows = [
+        dict(model=model, decoder="strong", seed=seed, updates=9, status="diverged")
+        if (model, seed) in lost
+        else dict(model=model, decoder="strong", seed=seed, updates=9, status="done") | numbers
+        for model in ("vae", "vqvae", "none")
+        for seed in range(3)
+    ]
+    monkeypatch.setattr("vqstudy.figures.planned", lambda name, scale: pd.DataFrame(rows))
+    monkeypatch.setattr("vqstudy.figures.shown_scale", lambda name, scale: "desk")
+    path = cells.root() / "nbs/figs/vqvae_posterior_collapse.ipynb"
+    names = notebooks.executed(json.loads(path.read_text(encoding="utf-8")), until="table")
+    table = names["table"].set_index("model")
+    assert table.seeds.to_dict() == {"VAE": "2, 1 lost", "VQ-VAE": "3", "no latents": "0, 3 lost"}
+    assert table["a latent says"].tolist() == ["1.00 ± 0.00", "1.00 ± 0.00", ""]

@@ -261,8 +261,8 @@ def collapse_loss(
     pixels = told.nats[0].numel()
     task, latents = told.nats.mean(), told.latents
     loss = task + latents.cost / pixels + latents.loss
-    rate = latents.nats.mean() / math.log(2)
-    return loss, {"task_loss": task.detach(), "charged_bits": rate.detach()}
+    charged = latents.cost / latents.nats[0].numel() / math.log(2)  # per latent
+    return loss, {"task_loss": task.detach(), "charged_bits": charged.detach()}
 
 # %% ../nbs/lib/06h_collapse.ipynb #c0a1003a
 MODELS = ("vae", "vae + annealing", "vae + free bits", "vqvae", "none")
