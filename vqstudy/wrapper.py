@@ -6,7 +6,7 @@
 __all__ = ['KEEP_FREED', 'OUT_OF_TIME', 'execute', 'publish', 'tell_failure', 'lacking', 'in_turn', 'run_cell']
 
 # %% ../nbs/lib/10l_wrapper.ipynb #c3cb5db8
-import json, os, shutil, time
+import json, os, shutil, sys, time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ def execute(source: Path, folder: Path, given: dict[str, Any]) -> tuple[str, str
 
     Returns None, or the error's class and one line of text.
     """
+    # papermill imports jsonschema, which builds a grammar of international addresses: 0.8 s of each
+    # cell, and the schema of notebooks asks for none
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
 
     folder.mkdir(parents=True, exist_ok=True)
