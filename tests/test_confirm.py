@@ -58,10 +58,10 @@ def collected(name, scale="desk", **options):
 
 def settled(name, scale="desk", **options):
     "What confirming says by method, after its representatives have run."
-    again = confirm.representatives(name, scale)
+    again = confirm.representatives([name], scale)
     for cell in again:
         measure(confirm.shortened(cell), **options)
-    verdicts = confirm.settle(name, again)
+    verdicts = confirm.settle([name], again)
     return {verdict.cell.parameters["method"]: verdict.differ for verdict in verdicts}
 
 
@@ -74,13 +74,18 @@ def states(name, scale="desk"):
     return found
 
 
+def stale_of(name):
+    known = records.in_results(cells.plan(name, "desk"))
+    return [cell for cell in cells.plan(name, "desk") if known[cell.id] == "stale"]
+
+
 @pytest.mark.parametrize("name", ["walks", "long"])
 def test_rows_that_come_out_again_are_current(project, name):
     collected(name)
     old = code.fingerprint("walk")
     change(project)
     assert states(name) == dict(a={"stale"}, b={"stale"})
-    again = confirm.representatives(name, "desk")
+    again = confirm.representatives([name], "desk")
     assert [(c.parameters["method"], c.parameters["seed"]) for c in again] == [("a", 0), ("b", 0)]
     assert {tuple(confirm.shortened(c).lengths) for c in again} == {(10,) if name == "long" else ()}
     before = (project / f"data/results/{name}.csv").read_text()
@@ -88,7 +93,7 @@ def test_rows_that_come_out_again_are_current(project, name):
     assert states(name) == dict(a={"current"}, b={"current"})
     after = (project / f"data/results/{name}.csv").read_text()
     assert after == before.replace(old, code.fingerprint("walk"))
-    assert confirm.representatives(name, "desk") == []
+    assert confirm.representatives([name], "desk") == []
 
 
 @pytest.mark.parametrize("name", ["walks", "long"])
@@ -112,7 +117,7 @@ def test_a_history_is_compared(project, name):
 def test_the_branch_of_a_length_is_compared(project):
     collected("long")
     change(project)
-    again = confirm.representatives("long", "desk")
+    again = confirm.representatives(["long"], "desk")
     for cell in again:
         short = confirm.shortened(cell)
         measure(short)
@@ -120,29 +125,29 @@ def test_the_branch_of_a_length_is_compared(project):
         lines = path.read_text().splitlines()
         assert lines[-1].startswith("10,") and lines[1].startswith("4,")
         path.write_text("\n".join([*lines[:-1], lines[-1].replace("10,", "10,1", 1)]) + "\n")
-    differ = [verdict.differ for verdict in confirm.settle("long", again)]
+    differ = [verdict.differ for verdict in confirm.settle(["long"], again)]
     assert all(lines[0].startswith("history of length 10, row 2, loss") for lines in differ), differ
 
 
 def test_a_shorter_history_is_a_difference(project):
     collected("walks")
     change(project)
-    again = confirm.representatives("walks", "desk")
+    again = confirm.representatives(["walks"], "desk")
     for cell in again:
         measure(cell)
         path = cell.folder / "history.csv"
         path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    differ = [verdict.differ for verdict in confirm.settle("walks", again)]
+    differ = [verdict.differ for verdict in confirm.settle(["walks"], again)]
     assert differ == [["history: 1 rows, was 2"]] * 2
 
 
 def test_a_method_decides_its_own_rows_alone(project):
     collected("walks")
     change(project)
-    again = confirm.representatives("walks", "desk")
+    again = confirm.representatives(["walks"], "desk")
     measure(again[0])
     measure(again[1], shift=1.0)
-    confirm.settle("walks", again)
+    confirm.settle(["walks"], again)
     assert states("walks") == dict(a={"current"}, b={"stale"})
 
 
@@ -182,11 +187,11 @@ def test_another_processor_confirms_nothing(project, capsys):
 def test_on_a_gpu_the_record_says_where_it_ran(project):
     collected("walks", "gpu", here="NVIDIA A")
     change(project)
-    again = confirm.representatives("walks", "gpu")
-    assert confirm.elsewhere("walks", again) == []
+    again = confirm.representatives(["walks"], "gpu")
+    assert confirm.elsewhere(again) == {}
     measure(again[0], here="NVIDIA A")
     measure(again[1], here="NVIDIA B")
-    a, b = confirm.settle("walks", again)
+    a, b = confirm.settle(["walks"], again)
     assert a.differ == [] and b.differ == ["it ran on NVIDIA B, and the rows are from NVIDIA A"]
     assert states("walks", "gpu") == dict(a={"current"}, b={"stale"})
 
@@ -200,9 +205,49 @@ def test_rows_of_other_code_or_processors_do_not_follow(project):
     measure(third, here="a CPU of old")
     records.collect("walks", "desk")
     change(project)
-    assert settled("walks") == dict(a=[])
+    again = confirm.representatives(["walks"], "desk")
+    assert {cell.id for cell in again} == {cell.id for cell in planned[:3]}
+    assert list(confirm.elsewhere(again)) == [third.id]
+    for cell in again:
+        measure(cell, shift=float(cell.id == first.id))
+    told = {v.cell.id: v.differ for v in confirm.settle(["walks"], again)}
+    assert told[first.id][0].startswith("metric metric: ") and told[lowest.id] == []
     known = records.in_results(cells.plan("walks", "desk"))
     assert [known[cell.id] for cell in planned[:3]] == ["stale", "current", "stale"]
+
+
+def test_a_cell_decides_the_rows_of_other_sweeps_too(project):
+    names = ["walks", "long"]
+    for name in names:
+        collected(name)
+    change(project)
+    again = confirm.representatives(names, "desk")
+    assert [(c.sweep, c.parameters["method"]) for c in again] == [("long", "a"), ("long", "b")]
+    measure(confirm.shortened(again[0]))
+    measure(confirm.shortened(again[1]), shift=1.0)
+    verdicts = confirm.settle(names, again)
+    assert [verdict.rows for verdict in verdicts] == [12, 12]
+    assert states("walks") == states("long") == dict(a={"current"}, b={"stale"})
+    for name in names:
+        notes = json.loads((project / f"data/results/{name}.json").read_text())["cells"]["desk"]
+        by = {note["confirmed"]["by"] for note in notes.values() if "confirmed" in note}
+        assert by == {confirm.shortened(again[0]).id}
+
+
+@pytest.mark.parametrize("what", ["dataset", "model"])
+def test_another_network_or_data_set_does_not_follow(project, what):
+    parameters = f"{what}: str = 'first'\n{PARAMETERS}"
+    change(project, "x = 1", parameters)
+    both = WALKS.replace("{method: [a, b]}", f"{{method: [a, b], {what}: [first, second]}}")
+    files.write(project / "nbs/sweeps/walks.yaml", both)
+    collected("walks")
+    change(project, parameters=parameters)
+    again = confirm.representatives(["walks"], "desk")
+    assert len(again) == 4
+    measure(again[0])
+    assert [v.differ for v in confirm.settle(["walks"], again[:1])] == [[]]
+    current = [c for c in cells.plan("walks", "desk") if c not in stale_of("walks")]
+    assert {(c.parameters["method"], c.parameters[what]) for c in current} == {("a", "first")}
 
 
 def test_rows_that_are_planned_no_more_stay_as_they_are(project, capsys):
@@ -237,9 +282,9 @@ def test_records_here_are_marked_with_the_rows(project):
 def test_a_run_that_failed_confirms_nothing(project):
     collected("walks")
     change(project)
-    first, second = confirm.representatives("walks", "desk")
+    first, second = confirm.representatives(["walks"], "desk")
     leave(first, {}, "failed")
-    a, b = confirm.settle("walks", [first, second])
+    a, b = confirm.settle(["walks"], [first, second])
     assert a.differ == ["it did not run to its end: ValueError: no"]
     assert b.differ == ["it did not run to its end: it left no record"]
 
@@ -247,9 +292,9 @@ def test_a_run_that_failed_confirms_nothing(project):
 def test_a_run_that_diverges_now_is_another(project):
     collected("walks")
     change(project)
-    first = confirm.representatives("walks", "desk")[0]
+    first = confirm.representatives(["walks"], "desk")[0]
     leave(first, {}, "diverged", device=provenance.device())
-    (verdict,) = confirm.settle("walks", [first])
+    (verdict,) = confirm.settle(["walks"], [first])
     assert verdict.differ[0] == "status: diverged, was done"
 
 
@@ -258,5 +303,5 @@ def test_failed_rows_have_nothing_to_confirm(project):
         leave(cell, {}, "failed")
     records.collect("walks", "desk")
     change(project)
-    assert confirm.representatives("walks", "desk") == []
+    assert confirm.representatives(["walks"], "desk") == []
     assert json.loads((project / "data/results/walks.json").read_text())["cells"]["desk"]

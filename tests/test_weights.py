@@ -248,9 +248,9 @@ def test_a_confirmed_parent_needs_no_new_weights(project):
     notebook(project / "nbs/runs/walk.ipynb", WALK, "x = 2")
     parent = needy()[0].parents["tokenizer"]
     assert not weights.has_weights(parent)
-    again = confirm.representatives("kept", "desk")
+    again = confirm.representatives(["kept"], "desk")
     for cell in again:
         kept = weights.save_weights(cell.folder, dict(w=torch.ones(2)))
         leave(cell, dict(metric=1.0), weights=kept, device=provenance.device())
-    assert [verdict.differ for verdict in confirm.settle("kept", again)] == [[], []]
+    assert [verdict.differ for verdict in confirm.settle(["kept"], again)] == [[], []]
     assert weights.has_weights(parent)

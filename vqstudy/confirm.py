@@ -6,6 +6,7 @@
 __all__ = ['shortened', 'group', 'representatives', 'differences', 'Verdict', 'settle', 'elsewhere', 'told']
 
 # %% ../nbs/lib/10f_confirm.ipynb #2c5c5490
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 from .cells import Cell, cell_id, plan
@@ -24,13 +25,15 @@ def shortened(cell: Cell) -> Cell:
     return replace(cell, id=cell_id(cell.notebook, parameters), parameters=parameters)
 
 
-def group(cell: Cell) -> tuple[str, str]:
-    "The cells that stand or fall together: one data set and method."
-    return str(cell.parameters.get("dataset", "")), str(cell.parameters.get("method", ""))
+def group(cell: Cell, table: Table) -> tuple:
+    """The cells that stand or fall together: of a notebook, a data set, a network and a method.
 
-
-def _seed(cell: Cell) -> int:
-    return int(cell.parameters.get("seed", 0))
+    And of the code and the device that their rows are from.
+    """
+    told = [str(cell.parameters.get(name, "")) for name in ("dataset", "model", "method")]
+    codes = frozenset(row["fingerprint"] for row in table.rows_of(cell))
+    past = table.notes["cells"].get(cell.scale, {}).get(cell.id, {})
+    return cell.notebook, *told, codes, past.get("device")
 
 
 def _is_stale(cell: Cell, table: Table) -> bool:
@@ -40,16 +43,29 @@ def _is_stale(cell: Cell, table: Table) -> bool:
     return bool(rows) and results and any(row["fingerprint"] != cell.fingerprint for row in rows)
 
 
-def representatives(name: str, scale: str) -> list[Cell]:
-    "Of each data set and method with stale rows, the cell that has the lowest seed."
-    table = Table(results_folder(scale), name)
-    stale = [cell for cell in plan(name, scale) if _is_stale(cell, table)]
-    lowest: dict[tuple[str, str], Cell] = {}
-    for cell in stale:
-        best = lowest.get(group(cell))
-        if best is None or _seed(cell) < _seed(best):
-            lowest[group(cell)] = cell
-    return list(lowest.values())
+def _tables(names: list[str], scale: str) -> dict[str, Table]:
+    return {name: Table(results_folder(scale), name) for name in names}
+
+
+def _stale(tables: dict[str, Table], scale: str) -> dict[tuple, list[Cell]]:
+    "The planned cells with stale rows, by group."
+    groups: dict[tuple, list[Cell]] = {}
+    for name, table in tables.items():
+        for cell in plan(name, scale):
+            if _is_stale(cell, table):
+                groups.setdefault(group(cell, table), []).append(cell)
+    return groups
+
+
+def _effort(cell: Cell) -> tuple[float, int]:
+    "Updates to the shortest length, and the seed."
+    shortest = cell.lengths[0] if cell.lengths else math.inf
+    return shortest, int(cell.parameters.get("seed", 0))
+
+
+def representatives(names: list[str], scale: str) -> list[Cell]:
+    "Of each group with stale rows in some sweeps the shortest cell, of the lowest seed."
+    return [min(cells, key=_effort) for cells in _stale(_tables(names, scale), scale).values()]
 
 # %% ../nbs/lib/10f_confirm.ipynb #9e2e88f3
 def _unequal(kind: str, new: dict[str, Any], old: dict[str, str]) -> list[str]:
@@ -146,55 +162,47 @@ def _confirm_rows(table: Table, cell: Cell, note: dict[str, Any]) -> int:
     return len(rows)
 
 
-def _followers(table: Table, planned: list[Cell], first: Cell) -> list[Cell]:
-    "The cells whose rows a representative decides: of its method, code and device."
-    notes = table.notes["cells"].get(first.scale, {})
-
-    def origin(cell: Cell) -> tuple:
-        codes = {row["fingerprint"] for row in table.rows_of(cell)}
-        return frozenset(codes), notes.get(cell.id, {}).get("device")
-
-    alike = [cell for cell in planned if group(cell) == group(first) and _is_stale(cell, table)]
-    return [cell for cell in alike if origin(cell) == origin(first)]
-
 # %% ../nbs/lib/10f_confirm.ipynb #a437411b
-def settle(name: str, cells: list[Cell], dirty: bool = False) -> list[Verdict]:
-    """Compare representatives that have run with the table, and confirm what came out again.
+def settle(names: list[str], firsts: list[Cell], dirty: bool = False) -> list[Verdict]:
+    """Compare representatives that have run with their tables, and confirm what came out again.
 
     Raises ValueError for a dirty tree, at all scales but smoke, unless that is allowed.
     """
-    scale = cells[0].scale
+    scale = firsts[0].scale
     if scale != "smoke":
-        require_clean(f"{name} is not confirmed", dirty)
-    planned = plan(name, scale)
+        require_clean("nothing is confirmed", dirty)
     here = commit()
     verdicts = []
     with locked(root() / "data" / "runs" / ".collect.lock", 60):
-        table = Table(results_folder(scale), name)
-        for first in cells:
-            followers = _followers(table, planned, first)
-            rows = sum(len(table.rows_of(cell)) for cell in followers)
-            ran = shortened(first)
+        tables = _tables(names, scale)
+        stale = _stale(tables, scale)
+        for first in firsts:
+            table, ran = tables[first.sweep], shortened(first)
+            followers = stale.get(group(first, table), [])
+            rows = sum(len(tables[cell.sweep].rows_of(cell)) for cell in followers)
             differ = differences(first, ran, table)
             verdicts.append(Verdict(first, differ, rows))
             was = table.rows_of(first)[0]["fingerprint"]
             note = dict(was=was, by=ran.id, commit=here["commit"], dirty=here["dirty"])
             for cell in followers if not differ else []:
-                _confirm_rows(table, cell, note)
-        table.save()
+                _confirm_rows(tables[cell.sweep], cell, note)
+        for table in tables.values():
+            table.save()
     return verdicts
 
 # %% ../nbs/lib/10f_confirm.ipynb #f2408173
-def elsewhere(name: str, cells: list[Cell]) -> list[str]:
-    "Lines on representatives whose rows are from another model of processor: no run can tell."
-    if not cells:
-        return []
-    notes = Table(results_folder(cells[0].scale), name).notes["cells"].get(cells[0].scale, {})
-    lines = []
+def elsewhere(cells: list[Cell]) -> dict[str, str]:
+    """Representatives whose rows are from another model of processor, where no run here can tell.
+
+    A line for each, by its id.
+    """
+    tables = _tables(sorted({cell.sweep for cell in cells}), cells[0].scale) if cells else {}
+    lines = {}
     for cell in cells:
-        there = notes.get(cell.id, {}).get("device")
+        there = tables[cell.sweep].notes["cells"].get(cell.scale, {}).get(cell.id, {}).get("device")
         if not wants_gpu(cell) and there != device():
-            lines.append(f"{cell.label}: its rows are from {there}, this is {device()}")
+            whose = f"{cell.sweep}: {cell.label}: its rows are from {there}"
+            lines[cell.id] = f"{whose}, this is {device()}; run them again there, or anew here"
     return lines
 
 
@@ -202,8 +210,9 @@ def told(verdict: Verdict) -> str:
     "A verdict as a line, and how the representative differs below it."
     cell, differ, rows = verdict
     at = f" at {cell.lengths[0]} updates" if cell.lengths else ""
+    name = f"{cell.sweep}: {cell.label}{at}"
     if not differ:
-        return f"{cell.label}{at}: the same; {rows} rows take the fingerprint {cell.fingerprint}"
+        return f"{name}: the same; {rows} rows take the fingerprint {cell.fingerprint}"
     more = [f"  and {len(differ) - 5} more"] if len(differ) > 5 else []
     shown = [f"  {line}" for line in differ[:5]]
-    return "\n".join([f"{cell.label}{at}: not the same; {rows} rows stay stale", *shown, *more])
+    return "\n".join([f"{name}: not the same; {rows} rows stay stale", *shown, *more])

@@ -33,27 +33,29 @@ def _run_short(cell: Cell) -> None:
     subprocess.run([sys.executable, "-m", "vqstudy.study", *words], env=watched)
 
 
-def confirm(name: str, scale: str, dirty: bool = False) -> int:
-    """Run a sweep's representatives again; the number of methods that are not confirmed.
+def confirm(names: list[str], scale: str, dirty: bool = False) -> int:
+    """Run the representatives of sweeps again; how many groups of rows are not confirmed.
 
     Raises ValueError for a dirty tree, at all scales but smoke, unless that is allowed.
     """
     if scale != "smoke":
-        require_clean(f"{name} is not confirmed", dirty)
-    stale = representatives(name, scale)
+        require_clean("nothing is confirmed", dirty)
+    stale = representatives(names, scale)
     if not stale:
-        print(f"{name}: no row of older code", flush=True)
+        print(f"{' '.join(names)}: no row of older code", flush=True)
         return 0
-    lines = elsewhere(name, stale)
-    if lines:
-        print(*lines, f"{name}: run them again there, or anew here", sep="\n", flush=True)
-        return len(stale)
-    threads = max(cell.parameters.get("threads", 1) for cell in stale)
+    there = elsewhere(stale)
+    here = [cell for cell in stale if cell.id not in there]
+    if there:
+        print(*there.values(), sep="\n", flush=True)
+    if not here:
+        return len(there)
+    threads = max(cell.parameters.get("threads", 1) for cell in here)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
-        list(pool.map(_run_short, stale))
-    verdicts = settle(name, stale, dirty)
+        list(pool.map(_run_short, here))
+    verdicts = settle(names, here, dirty)
     print(*map(told, verdicts), sep="\n", flush=True)
-    return sum(bool(verdict.differ) for verdict in verdicts)
+    return len(there) + sum(bool(verdict.differ) for verdict in verdicts)
 
 # %% ../nbs/lib/11_study.ipynb #5fb0ecf9
 def option(name: str, given: Any) -> float:
@@ -302,7 +304,7 @@ def _obey(given: argparse.Namespace) -> int:
     if given.command == "choose":
         print(summary(given.sweep, given.scale))
     elif given.command == "confirm":
-        return int(sum(confirm(name, given.scale, given.dirty) for name in names) > 0)
+        return int(confirm(names, given.scale, given.dirty) > 0)
     elif given.command == "plan":
         print(overview(names, given.scale, given.missing))
     else:
