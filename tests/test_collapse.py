@@ -2,14 +2,15 @@
 
 import json
 import math
-import time
 import types
+from functools import partial
 import notebooks
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
+from resuming import assert_same_training, in_parts
 from vqstudy import cells
 from vqstudy.checkpoint import reproducible
 from vqstudy.collapse import DECODERS, MODELS, CodeLatents, GaussianLatents, MaskedConv2d, NoLatents
@@ -22,7 +23,7 @@ from vqstudy.latent_scores import priced_bits
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
 from vqstudy.stats import load_claims
-from vqstudy.train import OutOfTime, fit
+from vqstudy.train import fit
 
 NAMES = dict(decoder="weak", latent_dim=3, width=8, kl_weight=1.0, anneal_updates=6, free_bits=0.5)
 NAMES |= dict(quantizer="vq + ema + replace", num_codes=6, alpha=1.25, beta=0.8)
@@ -513,17 +514,8 @@ def train(kind, path=None, deadline=None, lengths=(10, 20)):
 @pytest.mark.parametrize("kind", ["vae", "vae + annealing", "vqvae"])
 def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     whole = train(kind)
-    path, interruptions = tmp_path / "checkpoint.pt", 0
-    for _ in range(60):
-        try:
-            parts = train(kind, path, time.time() - 1)
-            break
-        except OutOfTime:
-            interruptions += 1
-    assert interruptions >= 3
-    states = whole.model.state_dict(), parts.model.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
-    assert whole.history == parts.history and whole.lengths == parts.lengths
+    parts = in_parts(partial(train, kind), tmp_path / "checkpoint.pt")
+    assert_same_training(whole, parts)
     if kind == "vae + annealing":
         # the branch of the first length does not count
         assert int(parts.model.latents.updates) == 20

@@ -1,11 +1,11 @@
 """A decoder that samples by flow matching: loss, solvers, codes, sweeps, a resumed training."""
 
-import time
 import types
 from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from resuming import assert_same_training, in_parts
 from vqstudy import cells
 from vqstudy.autoencoders import Autoencoder
 from vqstudy.checkpoint import reproducible
@@ -14,7 +14,7 @@ from vqstudy.flow import integrate, latents_of, noised
 from vqstudy.flow_scores import decoder_scores, image_noise, noise_losses, steps_from
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
-from vqstudy.train import OutOfTime, fit
+from vqstudy.train import fit
 
 DIM, CODES, SIZE = 8, 16, 32
 
@@ -268,19 +268,8 @@ def test_permuted_codes_give_other_pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     whole, _ = train(kind)
-    path, interruptions = tmp_path / "checkpoint.pt", 0
-    for _ in range(20):
-        try:
-            parts, _ = train(kind, path=path, deadline=time.time() - 1)
-            break
-        except OutOfTime:
-            assert path.is_file()
-            interruptions += 1
-    assert interruptions >= 3
-    states = whole.model.state_dict(), parts.model.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
-    losses = ([row["task_loss"] for row in fitted.history] for fitted in (whole, parts))
-    assert next(losses) == next(losses)
+    parts = in_parts(lambda **how: train(kind, **how)[0], tmp_path / "checkpoint.pt")
+    assert_same_training(whole, parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)

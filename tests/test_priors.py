@@ -3,7 +3,6 @@
 import io
 import math
 import random
-import time
 import types
 from functools import partial
 import numpy
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from resuming import assert_same_training, in_parts
 from vqstudy import cells
 from vqstudy.autoencoders import Autoencoder
 from vqstudy.checkpoint import reproducible
@@ -22,7 +22,7 @@ from vqstudy.priors import MaskGIT, TwoLevelPrior, draw, halton_ranks, left_mask
 from vqstudy.priors import prior_of, restricted
 from vqstudy.quantizers import recipe
 from vqstudy.settings import Settings
-from vqstudy.train import OutOfTime, fit
+from vqstudy.train import fit
 
 K, SIDE = 11, 4
 LENGTH = SIDE * SIDE
@@ -460,17 +460,8 @@ RESUMED = ["autoregressive", "autoregressive-class", "maskgit", "two scales"]
 def test_a_resumed_training_is_the_same_bit_for_bit(kind, tmp_path):
     "With the state that it keeps."
     whole = train(kind)
-    path, interruptions = tmp_path / "checkpoint.pt", 0
-    for _ in range(40):
-        try:
-            parts = train(kind, path, time.time() - 1)
-            break
-        except OutOfTime:
-            interruptions += 1
-    assert interruptions >= 3
-    states = whole.model.state_dict(), parts.model.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
-    assert whole.history == parts.history and whole.lengths == parts.lengths
+    parts = in_parts(partial(train, kind), tmp_path / "checkpoint.pt")
+    assert_same_training(whole, parts)
 
 
 def test_of_each_length_the_best_state_is_kept():
