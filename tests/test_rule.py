@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.weightstats import ttost_paired
 from demo import CLAIM
@@ -118,6 +118,8 @@ def test_at_a_border_a_word_is_wrong_in_one_of_twenty(n):
     assert abs(share["same direction"] - 0.025) < 0.01 and abs(share["no effect"] - 0.025) < 0.01
 
 
+# few: statsmodels collects garbage in each call, which takes long where much is loaded
+@settings(max_examples=25)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_step_by_step(p):
     adjusted = holm(dict(enumerate(p)))
