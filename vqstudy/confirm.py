@@ -42,7 +42,7 @@ def _is_stale(cell: Cell, table: Table) -> bool:
     results = all(row["status"] != "failed" for row in rows)
     return bool(rows) and results and any(row["fingerprint"] != cell.fingerprint for row in rows)
 
-
+# %% ../nbs/lib/10f_confirm.ipynb #45b5df2a
 def _tables(names: list[str], scale: str) -> dict[str, Table]:
     return {name: Table(results_folder(scale), name) for name in names}
 
