@@ -795,6 +795,9 @@ WRONG_LENGTHS = [
     ([dict(updates=10.0)], "a whole number above 0"),
     ([dict(mse=1)], "got [None]"),
     ([dict(updates=10, mse=1), dict(updates=40)], "metrics of the same names"),
+    ([dict(updates=10, mse=1), dict(updates=40, psnr=1)], "metrics of the same names"),
+    ([dict(updates=10), dict(updates=20, mse=1), dict(updates=40)], "metrics of the same names"),
+    ([dict(updates=10), dict(updates=40, steps=1)], "'steps': parameters, metrics and cost"),
     ([dict(updates=10)], "[40] were asked for, and there are metrics of [10]"),
     ([], "[10, 40] were asked for, and there are metrics of []"),
 ]
@@ -803,8 +806,18 @@ WRONG_LENGTHS = [
 @pytest.mark.parametrize("lengths, why", WRONG_LENGTHS)
 def test_wrong_lengths_are_refused(lengths, why):
     with pytest.raises(ValueError) as caught:
-        records.make_record("walk-0", dict(lengths=[10, 40]), {}, lengths=lengths)
+        records.make_record("walk-0", dict(lengths=[10, 40], steps=5), {}, lengths=lengths)
     assert why in str(caught.value)
+
+
+def test_what_is_measured_once_stands_in_the_row_of_the_longest_alone(long):
+    lengths = [dict(updates=10, metric=0.5), dict(updates=40, metric=0.25, once=3)]
+    leave(long[0], {}, lengths=lengths)
+    records.collect("walks", "desk")
+    rows = files.read_table(records.results_folder("desk") / "walks.csv")
+    assert [(row["updates"], row["metric"], row["once"]) for row in rows] == [
+        ("10", "0.5", ""), ("40", "0.25", "3"),
+    ]
 
 
 def test_metrics_or_lengths_and_no_parameter_of_that_name():

@@ -33,15 +33,20 @@ def _check_names(parameters: dict, measured: dict, cost: dict) -> None:
 
 
 def _check_lengths(lengths: list[dict[str, Any]], asked: list[int], status: str) -> None:
-    "Raise ValueError unless the lengths ascend, have the same names, and are those asked for."
+    "Raise ValueError unless the lengths ascend, name the same, and are those asked for."
     found = [entry.get("updates") for entry in lengths]
     whole = all(type(updates) is int and updates > 0 for updates in found)
     if not whole or sorted(set(found)) != found:
         rule = "each takes updates, a whole number above 0, more than the one before"
         raise ValueError(f"lengths: {rule}; got {found}")
-    if any(entry.keys() != lengths[0].keys() for entry in lengths):
-        names = [sorted(entry) for entry in lengths]
-        raise ValueError(f"lengths: all take metrics of the same names, got {names}")
+    for entry in lengths:
+        same = entry.keys() == lengths[0].keys()
+        # what is measured once, at the end
+        more = entry is lengths[-1] and entry.keys() > lengths[0].keys()
+        if not (same or more):
+            names = [sorted(entry) for entry in lengths]
+            rule = "all take metrics of the same names, and the longest may take more"
+            raise ValueError(f"lengths: {rule}; got {names}")
     absent = sorted(set(asked) - set(found))
     if absent and status == "done":
         raise ValueError(f"lengths: {absent} were asked for, and there are metrics of {found}")
@@ -55,7 +60,8 @@ def make_record(
     metrics: dict[str, Any] = {},
     cost: dict[str, Any] = {},
     error: str = "",
-    lengths: list[dict[str, Any]] = [],       # instead of metrics: these and `updates`, by length
+    # instead of metrics: these and `updates`, by length; the longest may have more of them
+    lengths: list[dict[str, Any]] = [],
 ) -> dict[str, Any]:
     """The content of a record.json.
 
@@ -65,7 +71,7 @@ def make_record(
     one_of("status", status, STATUS)
     if metrics and lengths:
         raise ValueError("a record has metrics or lengths, got both")
-    _check_names(parameters, lengths[0] if lengths else metrics, cost)
+    _check_names(parameters, lengths[-1] if lengths else metrics, cost)
     record = dict(cell=cell, status=status, parameters=parameters, provenance=provenance)
     _check_lengths(lengths, parameters.get("lengths") or [], status)
     if lengths:
