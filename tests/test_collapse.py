@@ -644,7 +644,7 @@ def test_a_claim_on_information_is_judged_by_the_bound_that_can_show_it():
 def test_the_figure_counts_runs_that_diverged(monkeypatch):
     metrics = ("latent_bits", "latent_bits_upper", "rate_bits", "permuted_bits", "pixel_bits")
     numbers = dict.fromkeys((*metrics, "bits_per_dim", "mse", "sharpness"), 1.0)
-    numbers |= dict(receptive_field=69.0)
+    numbers |= dict(receptive_field=69.0, side=16.0)
     lost = {("vae", 2), ("none", 0), ("none", 1), ("none", 2)}
     rows = [
         dict(model=model, decoder="strong", seed=seed, updates=9, status="diverged")

@@ -110,8 +110,9 @@ def test_contract_at_any_scale_and_offset(seed, d, power, apart, shift, positive
     if positive:
         z, codebook = z.abs(), codebook.abs()
     nearly = codebook * (1 + 1e-6 * torch.randn(30, d, generator=g))
-    codebook = (torch.cat([codebook, codebook, nearly]) + shift) * 10.0**power
-    z = (z + shift) * min(10.0 ** (power + apart), 1e37)
+    largest = 3e38 / (shift + 10)  # no number is past the end of float32
+    codebook = (torch.cat([codebook, codebook, nearly]) + shift) * min(10.0**power, largest)
+    z = (z + shift) * min(10.0 ** (power + apart), largest)
     chosen = squared_distances(z, codebook).argmin(1)
     for precision in ("float32", "bfloat16"):
         assert keeps_the_contract(z, codebook, nearest(z, codebook, precision=precision))
